@@ -1,0 +1,1 @@
+"""What every kernel shares: environment, checks, backend choice, compiled libraries, Philox."""

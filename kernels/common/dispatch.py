@@ -1,0 +1,99 @@
+"""Which backend runs an op, and why not the others."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastssl.kernels.common import env, libraries
+
+logger = logging.getLogger("fastssl")
+
+Reason = Callable[..., str | None]
+
+
+def never(*args: object) -> None:
+    """The reference backend runs everywhere."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """A public op: its backends from the most wanted to the last resort, and an example call.
+
+    `backends` maps a name to a function of the op's arguments that returns None where the backend
+    can run and the reason in words where it cannot. `example(device)` returns such arguments.
+    """
+
+    name: str
+    backends: dict[str, Reason]
+    example: Callable[[torch.device], tuple]
+
+    def reasons(self, *args: object) -> dict[str, str | None]:
+        return {name: cannot_run(*args) for name, cannot_run in self.backends.items()}
+
+
+OPS: dict[str, Op] = {}
+
+
+def register(name: str, backends: dict[str, Reason], example: Callable) -> Op:
+    """Enter an op into the list that `python -m fastssl.info` and the tests walk through."""
+    OPS[name] = Op(name, {**backends, "reference": never}, example)
+    return OPS[name]
+
+
+def choose_backend(op: Op, requested: str | None, *args: object) -> str:
+    """Name of the backend that runs this call.
+
+    `requested` wins over FASTSSL_BACKEND, which wins over the first backend without a reason
+    against it. A named backend that cannot run raises that reason; nothing falls back silently.
+    """
+    if torch.compiler.is_exporting():
+        return "reference"
+    named = requested or env.backend()
+    if named is not None:
+        if named not in op.backends:
+            known = ", ".join(op.backends)
+            raise ValueError(f"backend must be one of {known} for {op.name}, got {named!r}")
+        reason = op.backends[named](*args)
+        if reason is not None:
+            raise ValueError(f"backend {named!r} cannot run {op.name}: {reason}")
+        return named
+    for name, cannot_run in op.backends.items():
+        reason = cannot_run(*args)
+        if reason is None:
+            return name
+        if not torch.compiler.is_compiling():
+            logger.debug("%s: not %s: %s", op.name, name, reason)
+    raise AssertionError("the reference backend always runs")
+
+
+_CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def cannot_run_cpp(*tensors: Tensor | None) -> str | None:
+    """The reason that holds for every C++ kernel: library, device, dtype."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type != "cpu":
+            return f"tensors are on {tensor.device}, not on the CPU"
+        if tensor.is_floating_point() and tensor.dtype not in _CPP_DTYPES:
+            return f"dtype {tensor.dtype} is served by the reference only"
+    return libraries.why_no_cpp_library()
+
+
+def cannot_run_triton(*tensors: Tensor | None) -> str | None:
+    """The reason that holds for every Triton kernel: installation, device, dtype."""
+    reason = libraries.why_no_triton()
+    if reason is not None:
+        return reason
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type != "cuda" and not libraries.triton_interprets():
+            return f"tensors are on {tensor.device}, not on a GPU, and TRITON_INTERPRET is not set"
+        if tensor.is_floating_point() and tensor.dtype not in _CPP_DTYPES:
+            return f"dtype {tensor.dtype} is served by the reference only"
+    return None

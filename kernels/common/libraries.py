@@ -1,0 +1,64 @@
+"""The compiled libraries: plain shared objects beside fastssl/kernels/__init__.py, all optional.
+
+The answers below hold for the life of the process; torch.compile takes them as constants instead of
+tracing into how they are found.
+"""
+
+import functools
+import sys
+from pathlib import Path
+
+import torch
+
+_FOLDER = Path(sys.modules["fastssl.kernels"].__file__).parent
+
+
+@torch.compiler.assume_constant_result
+def why_no_cpp_library() -> str | None:
+    """None once the CPU's fastssl_csrc ops are loaded, else the reason in words."""
+    return _load_cpp_library()
+
+
+@torch.compiler.assume_constant_result
+def why_no_triton() -> str | None:
+    """None if Triton can be imported, else the reason in words."""
+    return _import_triton()
+
+
+@torch.compiler.assume_constant_result
+def triton_interprets() -> bool:
+    """Whether Triton runs its kernels in its interpreter (TRITON_INTERPRET=1), on any device."""
+    return _triton_interprets()
+
+
+@functools.cache
+def _load_cpp_library() -> str | None:
+    path = _FOLDER / "_cpu.so"
+    if not path.exists():
+        return (
+            "the CPU library is not built (reinstall with a C++17 compiler at hand; "
+            "FASTSSL_REQUIRE_CPP=1 makes a failed build an error)"
+        )
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"the CPU library did not load into torch {torch.__version__}: {error}"
+    return None
+
+
+@functools.cache
+def _import_triton() -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    return None
+
+
+@functools.cache
+def _triton_interprets() -> bool:
+    if _import_triton() is not None:
+        return False
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)

@@ -1,0 +1,40 @@
+"""Helpers of the Triton backends: device facts and the cases compiled ahead of time."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class DeviceProperties:
+    num_processors: int
+
+
+@functools.cache
+def device_properties(device: torch.device) -> DeviceProperties:
+    """Facts that launchers size their grids by; a CPU (the interpreter) counts as one processor."""
+    if device.type != "cuda":
+        return DeviceProperties(num_processors=1)
+    return DeviceProperties(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@dataclass(frozen=True)
+class AotCase:
+    """One compilation at production sizes, for machines that have no GPU.
+
+    `signature` maps each runtime argument to its Triton type ("*bf16", "i32", ...), `constexprs`
+    the compile-time ones to their values. Pointers count as 16-byte aligned.
+    """
+
+    kernel: object
+    signature: dict[str, str]
+    constexprs: dict[str, object]
+    num_warps: int
+    num_stages: int = 3
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        name = self.kernel.__name__.strip("_")
+        return f"{name}[{self.variant}]" if self.variant else name

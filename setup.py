@@ -1,0 +1,112 @@
+"""Packages and compiled libraries; everything else about the project is in pyproject.toml."""
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+
+
+def load_env():
+    """kernels/common/env.py by path: the one file that reads FASTSSL_* variables."""
+    spec = importlib.util.spec_from_file_location("env", ROOT / "kernels/common/env.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+env = load_env()
+
+COMPILE_FLAGS = [
+    *("-std=c++17", "-O3", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fvisibility=hidden"),
+    *("-Wall", "-Wextra"),
+    # torch 2.11 is the oldest version that the library must load into.
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+]
+
+
+class BuildLibraries(build_ext):
+    """Builds fastssl/kernels/_cpu.so: a plain shared library on libtorch's stable ABI, without
+    Python's or ATen's headers, so that one binary serves every Python and every torch >= 2.11.
+
+    No compiler or no torch in the build environment: no library, and still an installation.
+    """
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split("."))) + ".so"
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return []
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except (ImportError, OSError, subprocess.CalledProcessError) as error:
+            if env.require_cpp():
+                raise
+            print(f"fastssl: installing without the CPU library: {error}", file=sys.stderr)
+            self.extensions = []
+
+    def build_extension(self, ext: Extension) -> None:
+        torch_spec = importlib.util.find_spec("torch")
+        if torch_spec is None:
+            raise ImportError("torch is not installed in the build environment")
+        torch_folder = Path(torch_spec.origin).parent
+        compiler = shutil.which(env.cxx())
+        if compiler is None:
+            raise OSError(f"no C++ compiler called {env.cxx()}")
+        target, temp = Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temp.mkdir(parents=True, exist_ok=True)
+        objects = [str(temp / Path(source).with_suffix(".o").name) for source in ext.sources]
+        commands = [
+            [compiler, *COMPILE_FLAGS, "-isystem", str(torch_folder / "include")]
+            + ["-c", str(ROOT / source), "-o", obj]
+            for source, obj in zip(ext.sources, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda command: subprocess.run(command, check=True), commands))
+        link = [compiler, "-shared", *objects, "-o", str(target)]
+        link += [f"-L{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+        subprocess.run(link, check=True)
+
+
+def tag_as_any_python() -> dict:
+    """The library holds no Python, so the wheel is py3-none-<platform>."""
+    try:
+        from setuptools.command.bdist_wheel import bdist_wheel
+    except ImportError:  # setuptools < 70.1
+        from wheel.bdist_wheel import bdist_wheel
+
+    class AnyPython(bdist_wheel):
+        def get_tag(self) -> tuple[str, str, str]:
+            return "py3", "none", super().get_tag()[2]
+
+    return {"bdist_wheel": AnyPython}
+
+
+def libraries() -> list[Extension]:
+    if not env.build_cpp() or platform.system() != "Linux":
+        return []
+    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.cpp"))
+    return [Extension("fastssl.kernels._cpu", sources)]
+
+
+# <repo>/kernels/<name> is installed as fastssl.kernels.<name>, <repo>/recipes as fastssl/recipes.
+kernels = {f"fastssl.kernels.{name}": f"kernels/{name}" for name in find_packages("kernels")}
+
+setup(
+    packages=[*find_packages(include=["fastssl", "fastssl.*"]), *kernels, "fastssl.recipes"],
+    package_dir={"fastssl": "fastssl", "fastssl.recipes": "recipes", **kernels},
+    package_data={"fastssl.recipes": ["*.yaml"]},
+    ext_modules=libraries(),
+    cmdclass={"build_ext": BuildLibraries, **tag_as_any_python()},
+)
