@@ -1,0 +1,118 @@
+"""DINOLoss against the loops of its paper, its center, and one process against several."""
+
+import pytest
+import torch
+
+from fastssl.losses import DINOLoss
+
+
+def make_loss(K=11, S=4, **kwargs):
+    return DINOLoss(K, S, 0.04, 0.07, 3, 10, **kwargs)
+
+
+def paper_loss(student, teacher, center, student_temp, teacher_temp, S):
+    """The pairwise loop of the paper's Algorithm 1, extended to S views."""
+    terms = []
+    for t, q in enumerate(((teacher - center) / teacher_temp).softmax(-1).chunk(2)):
+        for s, p in enumerate((student / student_temp).log_softmax(-1).chunk(S)):
+            if s != t:
+                terms.append(-(q * p).sum(-1).mean())
+    return sum(terms) / len(terms)
+
+
+def test_formula_and_gradient_in_float64():
+    loss_fn = make_loss()
+    loss_fn.center.normal_()
+    student = torch.randn(4 * 5, 11, requires_grad=True)
+    teacher = torch.randn(2 * 5, 11)
+    reference = student.detach().double().requires_grad_()
+    expected = paper_loss(reference, teacher.double(), loss_fn.center.double(), 0.1, 0.055, 4)
+    loss = loss_fn(student, teacher, epoch=1)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(student.grad.double(), reference.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_temperature_schedule():
+    loss_fn = make_loss()
+    expected = [0.04, 0.055, 0.07, 0.07, 0.07]
+    assert [loss_fn.teacher_temp(e) for e in (0, 1, 2, 9, 50)] == pytest.approx(expected)
+
+
+def test_center_moves_in_forward_as_the_official_one():
+    loss_fn = make_loss(center_momentum=0.8)
+    teacher = torch.randn(10, 11)
+    loss_fn(torch.randn(20, 11), teacher, 0)
+    torch.testing.assert_close(loss_fn.center, 0.2 * teacher.mean(0, keepdim=True))
+    assert list(loss_fn.state_dict()) == ["center"]
+
+
+def test_accumulation_moves_the_center_once():
+    whole, parts = make_loss(update_center=False), make_loss(update_center=False)
+    teacher = torch.randn(2, 6, 11)
+    student = torch.randn(4, 6, 11)
+    whole(student.flatten(0, 1), teacher.flatten(0, 1), 0)
+    whole.step()
+    for half in (slice(0, 3), slice(3, 6)):
+        parts(student[:, half].flatten(0, 1), teacher[:, half].flatten(0, 1), 0)
+        assert parts.center.abs().sum() == 0
+    parts.step()
+    torch.testing.assert_close(parts.center, whole.center)
+    parts.step()
+    torch.testing.assert_close(parts.center, whole.center, msg="nothing collected: no move")
+
+
+def _distributed_loss(rank, world_size, student, teacher, update_center):
+    B = student.shape[1] // world_size
+    mine = slice(rank * B, (rank + 1) * B)
+    loss_fn = make_loss(update_center=update_center)
+    leaf = student[:, mine].clone().requires_grad_()
+    loss = loss_fn(leaf.flatten(0, 1), teacher[:, mine].flatten(0, 1), 0)
+    loss.backward()
+    if not update_center:
+        loss_fn.step()
+    return loss.detach(), leaf.grad, loss_fn.center
+
+
+@pytest.mark.parametrize("update_center", [True, False])
+def test_two_processes_equal_one(gloo_pool, update_center):
+    student, teacher = torch.randn(4, 6, 11), torch.randn(2, 6, 11)
+    (loss, grad, center), *_ = gloo_pool.run(_distributed_loss, 1, student, teacher, update_center)
+    results = gloo_pool.run(_distributed_loss, 2, student, teacher, update_center)
+    losses, grads, centers = zip(*results, strict=True)
+    torch.testing.assert_close(torch.stack(losses).mean(), loss)
+    # DDP's mean divides each rank's gradient by the number of ranks.
+    torch.testing.assert_close(torch.cat(grads, dim=1) / 2, grad)
+    for other in centers:
+        torch.testing.assert_close(other, center)
+
+
+def test_finite_for_extreme_logits_and_a_batch_of_one():
+    loss_fn = make_loss()
+    student = torch.full((4, 11), 1e4).requires_grad_()
+    loss = loss_fn(student, torch.full((2, 11), -1e4), 0)
+    loss.backward()
+    assert loss.isfinite() and student.grad.isfinite().all() and loss_fn.center.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("student_rows", "teacher_rows", "K", "message"),
+    [
+        (10, 20, 11, "student_output must have shape [4 * B, 11]"),
+        (8, 16, 11, "are the two swapped?"),
+        (20, 10, 7, "student_output must have shape [4 * B, 11], got [20, 7]"),
+        (20, 9, 11, "teacher_output must have shape [2 * B, 11], got [9, 11]"),
+    ],
+)
+def test_bad_shapes_are_named(student_rows, teacher_rows, K, message):
+    with pytest.raises(ValueError) as error:
+        make_loss()(torch.zeros(student_rows, K), torch.zeros(teacher_rows, K), 0)
+    assert message in str(error.value)
+
+
+def test_bad_constructor_arguments_are_named():
+    with pytest.raises(ValueError, match="teacher_temp must be positive, got 0"):
+        DINOLoss(8, 2, 0.04, 0, 0, 1)
+    with pytest.raises(ValueError, match="ncrops must be at least 2, got 1"):
+        DINOLoss(8, 1, 0.04, 0.04, 0, 1)
