@@ -35,11 +35,15 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
+# The order of the automatic choice. cpp before triton: where both can run, the tensors are on the CPU
+# and Triton would interpret.
+PREFERENCE = ("cpp", "triton", "reference")
 
 
 def register(name: str, backends: dict[str, Reason], example: Callable) -> Op:
     """Enter an op into the list that `python -m fastssl.info` and the tests walk through."""
-    OPS[name] = Op(name, {**backends, "reference": never}, example)
+    backends = {**backends, "reference": never}
+    OPS[name] = Op(name, {k: backends[k] for k in PREFERENCE if k in backends}, example)
     return OPS[name]
 
 
