@@ -1,0 +1,188 @@
+"""Masked autoencoder with a ViT (He et al., 2021, arXiv:2111.06377), official keys and arguments.
+
+B images, N patches, K visible patches, D embedding, p patch height * patch width * C.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from fastssl import functional
+from fastssl.models.vit import Size, ViTEncoder
+from fastssl.nn import (
+    LAYER_NORM,
+    Block,
+    NormLayer,
+    interpolate_pos_embed,
+    sincos_pos_embed_2d,
+)
+
+
+class MaskedAutoencoderViT(ViTEncoder):
+    """Encode the visible patches of an image, predict the pixels of the others.
+
+    Only visible patches are embedded. `img_size` and `patch_size` are an int or (height, width);
+    images of another size than `img_size` are taken with both position embeddings resampled, a
+    size that the patch size does not divide is a ValueError. `norm_pix_loss` predicts each patch
+    less its mean, divided by its standard deviation.
+
+    `model(imgs)` is one pretraining forward; `model.features(imgs)` are the features [B, D] of
+    the whole image for frozen evaluation.
+    """
+
+    def __init__(
+        self,
+        img_size: Size = 224,
+        patch_size: Size = 16,
+        in_chans: int = 3,
+        embed_dim: int = 1024,
+        depth: int = 24,
+        num_heads: int = 16,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        norm_layer: NormLayer = nn.LayerNorm,
+        norm_pix_loss: bool = False,
+    ) -> None:
+        super().__init__(
+            img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, norm_layer
+        )
+        self.norm_pix_loss = norm_pix_loss
+        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
+        num_tokens = self.pos_embed.shape[1]
+        self.decoder_pos_embed = nn.Parameter(torch.empty(1, num_tokens, decoder_embed_dim))
+        self.decoder_blocks = nn.ModuleList(
+            Block(decoder_embed_dim, decoder_num_heads, mlp_ratio, norm_layer=norm_layer)
+            for _ in range(decoder_depth)
+        )
+        self.decoder_norm = norm_layer(decoder_embed_dim)
+        self.decoder_pred = nn.Linear(
+            decoder_embed_dim, self.patch_size[0] * self.patch_size[1] * in_chans
+        )
+        self.pos_embed.requires_grad_(False)
+        self.decoder_pos_embed.requires_grad_(False)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Random initialisation of the paper; to be called again after `to_empty`."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        # The convolution is a linear layer over patches, and its fan is counted as one.
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+        with torch.no_grad():
+            for pos_embed in (self.pos_embed, self.decoder_pos_embed):
+                pos_embed.copy_(sincos_pos_embed_2d(pos_embed.shape[-1], self.grid_size, 1))
+
+    def pos_embed_grids(self) -> dict[str, tuple[tuple[int, ...], int]]:
+        return {name: (self.grid_size, 1) for name in ("pos_embed", "decoder_pos_embed")}
+
+    def patchify(self, imgs: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, N, p], the pixels of a patch in order (row, column, channel)."""
+        rows, columns = self.patch_embed.grid_size(imgs.shape[2:])
+        height, width = self.patch_size
+        x = imgs.unflatten(3, (columns, width)).unflatten(2, (rows, height))
+        return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+    def unpatchify(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
+        """[B, N, p] -> [B, C, H, W]; `grid_size` (default: the model's) is (rows, columns)."""
+        x = x.unflatten(1, grid_size or self.grid_size).unflatten(3, (*self.patch_size, -1))
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+    def forward_encoder(
+        self, imgs: Tensor, mask_ratio: float, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Latent [B, 1 + K, D] of the visible patches, mask [B, N] and ids_restore [B, N].
+
+        The patches with the K = int(N * (1 - mask_ratio)) smallest values of `noise` [B, N]
+        (default: uniform random) stay visible.
+        """
+        rows, columns = self.patch_embed.grid_size(imgs.shape[2:])
+        shape = (imgs.shape[0], rows * columns)
+        len_keep = int(shape[1] * (1 - mask_ratio))
+        if not 1 <= len_keep < shape[1]:
+            # All removed is nothing to encode, none removed is a loss of 0 / 0.
+            raise ValueError(
+                f"mask_ratio must leave 1 to {shape[1] - 1} of {shape[1]} patches, got {mask_ratio}"
+            )
+        if noise is None:
+            noise = torch.rand(shape, device=imgs.device)
+        elif noise.shape != shape:
+            raise ValueError(f"noise must have shape {list(shape)}, got {list(noise.shape)}")
+        ids_keep, ids_restore, mask = functional.random_masking(noise, len_keep)
+        return self.forward_features(imgs, ids_keep=ids_keep), mask, ids_restore
+
+    def forward_decoder(
+        self, x: Tensor, ids_restore: Tensor, grid_size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Latent [B, 1 + K, D] -> predicted pixels [B, N, p]; `grid_size` as in `unpatchify`."""
+        pos_embed = interpolate_pos_embed(
+            self.decoder_pos_embed, self.grid_size, grid_size or self.grid_size, 1
+        )
+        x = functional.masked_scatter(
+            self.decoder_embed(x), self.mask_token, ids_restore, pos_embed, num_prefix_tokens=1
+        )
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x[:, 1:]))
+
+    def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+        """Mean squared error of the patches whose mask is 1, a scalar."""
+        return functional.masked_patch_mse(
+            pred,
+            imgs,
+            mask,
+            patch_size=self.patch_size,
+            norm_pix_loss=self.norm_pix_loss,
+            patch_layout="hwc",
+        )
+
+    def forward(
+        self, imgs: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, pred [B, N, p], mask [B, N]) of images [B, C, H, W].
+
+        In `mask`, 1 is a patch that was REMOVED and counts in the loss, 0 one that was seen (the
+        opposite of Hiera's masks). `noise` [B, N] fixes the choice: the smallest values are seen.
+        """
+        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
+        grid_size = self.patch_embed.grid_size(imgs.shape[2:])
+        pred = self.forward_decoder(latent, ids_restore, grid_size)
+        return self.forward_loss(imgs, pred, mask), pred, mask
+
+
+def _mae_vit(embed_dim: int, depth: int, num_heads: int, patch_size: int, kwargs: dict):
+    config = {
+        "embed_dim": embed_dim,
+        "depth": depth,
+        "num_heads": num_heads,
+        "patch_size": patch_size,
+        "norm_layer": LAYER_NORM,
+    }
+    return MaskedAutoencoderViT(**config | kwargs)
+
+
+def mae_vit_base_patch16_dec512d8b(**kwargs) -> MaskedAutoencoderViT:
+    """MAE ViT-B/16 as released. Keywords as MaskedAutoencoderViT, for all factories."""
+    return _mae_vit(768, 12, 12, 16, kwargs)
+
+
+def mae_vit_large_patch16_dec512d8b(**kwargs) -> MaskedAutoencoderViT:
+    """MAE ViT-L/16 as released."""
+    return _mae_vit(1024, 24, 16, 16, kwargs)
+
+
+def mae_vit_huge_patch14_dec512d8b(**kwargs) -> MaskedAutoencoderViT:
+    """MAE ViT-H/14 as released."""
+    return _mae_vit(1280, 32, 16, 14, kwargs)
+
+
+mae_vit_base_patch16 = mae_vit_base_patch16_dec512d8b
+mae_vit_large_patch16 = mae_vit_large_patch16_dec512d8b
+mae_vit_huge_patch14 = mae_vit_huge_patch14_dec512d8b

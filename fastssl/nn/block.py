@@ -1,0 +1,65 @@
+"""The pre-norm transformer block of ViT."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.nn.attention import Attention
+from fastssl.nn.drop_path import DropPath
+from fastssl.nn.mlp import Mlp
+
+NormLayer = Callable[[int], nn.Module]
+LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)  # the eps of every ViT that was released
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel (Touvron et al., 2021, arXiv:2103.17239). Key: gamma."""
+
+    def __init__(self, dim: int, init_values: float = 1e-5) -> None:
+        super().__init__()
+        self.init_values = init_values
+        self.gamma = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.gamma, self.init_values)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """x + ls1(attn(norm1(x))), then the same with the Mlp: [B, N, D] -> [B, N, D].
+
+    `init_values` not None adds LayerScale with that start; `drop_path` is the probability that a
+    sample skips a branch. Keys: norm1, attn, ls1, norm2, mlp, ls2.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        init_values: float | None = None,
+        drop_path: float = 0.0,
+        norm_layer: NormLayer = LAYER_NORM,
+    ) -> None:
+        super().__init__()
+
+        def layer_scale() -> nn.Module:
+            return nn.Identity() if init_values is None else LayerScale(dim, init_values)
+
+        self.norm1 = norm_layer(dim)
+        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.ls1 = layer_scale()
+        self.norm2 = norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.ls2 = layer_scale()
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
