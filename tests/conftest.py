@@ -10,6 +10,8 @@ if importlib.util.find_spec("triton") and not os.path.exists("/dev/nvidiactl"):
 import pytest
 import torch
 
+from tests.gloo_pool import gloo_pool  # noqa: F401  (a fixture)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():

@@ -35,8 +35,8 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
-# The order of the automatic choice. cpp before triton: where both can run, the tensors are on the CPU
-# and Triton would interpret.
+# The order of the automatic choice. cpp before triton: where both can run, the tensors are on the
+# CPU and Triton would interpret.
 PREFERENCE = ("cpp", "triton", "reference")
 
 
@@ -47,13 +47,22 @@ def register(name: str, backends: dict[str, Reason], example: Callable) -> Op:
     return OPS[name]
 
 
+def is_exporting() -> bool:
+    """Whether torch.export traces this call.
+
+    The flag itself is read, since torch 2.11's Dynamo takes torch.compiler.is_exporting() for true
+    under torch.compile, too.
+    """
+    return torch.compiler._is_exporting_flag
+
+
 def choose_backend(op: Op, requested: str | None, *args: object) -> str:
     """Name of the backend that runs this call.
 
     `requested` wins over FASTSSL_BACKEND, which wins over the first backend without a reason
     against it. A named backend that cannot run raises that reason; nothing falls back silently.
     """
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return "reference"
     named = requested or env.backend()
     if named is not None:

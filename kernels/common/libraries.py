@@ -62,3 +62,7 @@ def _triton_interprets() -> bool:
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
+
+
+# Now rather than at the first choice of a backend: a registered op may be called by name before.
+_load_cpp_library()

@@ -30,13 +30,11 @@ def philox(counter: Words, key: tuple[int, int]) -> Words:
 
 def derive_key(seed: int, epoch: int, view: int, stream: int) -> tuple[int, int]:
     """The key of one use of randomness; the low half of `seed` is the first word of its key."""
-    # Tracing may hand symbolic integers; a key is a constant of the graph.
-    seed, epoch, view, stream = int(seed), int(epoch), int(view), int(stream)
     return philox((epoch, view, stream, 0), (seed & MASK32, seed >> 32))[:2]
 
 
 def _multiply(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of the product; halving `word` keeps int64 from overflowing."""
+    """High and low 32 bits of the product; splitting `word` keeps int64 from overflowing."""
     low, high = multiplier * (word & 0xFFFF), multiplier * (word >> 16)
     return (high + (low >> 16)) >> 16, (low + ((high & 0xFFFF) << 16)) & MASK32
 

@@ -150,7 +150,7 @@ BAD = {
     "num_prefix_tokens must be at least 0, got -1": {"num_prefix_tokens": -1},
     "got 4 tokens and num_prefix_tokens = 5": {"num_prefix_tokens": 5},
     "pos must have shape [5, 8] or [6, 8]": {"pos": torch.zeros(4, 8), "num_prefix_tokens": 1},
-    "backend must be one of triton, cpp, reference": {"backend": "magic"},
+    "backend must be one of cpp, triton, reference": {"backend": "magic"},
 }
 
 

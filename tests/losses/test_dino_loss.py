@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from fastssl.losses import DINOLoss
 
@@ -63,9 +64,9 @@ def test_accumulation_moves_the_center_once():
     torch.testing.assert_close(parts.center, whole.center, msg="nothing collected: no move")
 
 
-def _distributed_loss(rank, world_size, student, teacher, update_center):
-    B = student.shape[1] // world_size
-    mine = slice(rank * B, (rank + 1) * B)
+def _distributed_loss(student, teacher, update_center):
+    B = student.shape[1] // dist.get_world_size()
+    mine = slice(dist.get_rank() * B, (dist.get_rank() + 1) * B)
     loss_fn = make_loss(update_center=update_center)
     leaf = student[:, mine].clone().requires_grad_()
     loss = loss_fn(leaf.flatten(0, 1), teacher[:, mine].flatten(0, 1), 0)
