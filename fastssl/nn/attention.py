@@ -1,7 +1,8 @@
 """Multi-head self-attention over all tokens."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastssl.nn.sdpa import attend
 
 
 class Attention(nn.Module):
@@ -19,8 +20,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        # [B, N, 3, H, D/H] -> three of [B, H, N, D/H]: the fused SDPA kernels take 4-D only.
+        # [B, N, 3, H, D/H] -> three of [B, H, N, D/H]
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.transpose(1, 3).unbind(2)
-        x = F.scaled_dot_product_attention(q, k, v)  # [B, H, N, D/H]
+        x = attend(q, k, v)  # [B, H, N, D/H]
         return self.proj(x.transpose(1, 2).flatten(2))

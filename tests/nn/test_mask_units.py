@@ -92,7 +92,7 @@ def test_attention_equals_its_formula(global_attention):
 def test_attention_refuses_sizes_that_do_not_fit():
     with pytest.raises(ValueError, match="dim_out must be divisible by heads=3, got 8"):
         MaskUnitAttention(8, 8, 3)
-    with pytest.raises(ValueError, match="window_size must be positive .*, got 0"):
+    with pytest.raises(ValueError, match=r"window_size must be positive .*, got 0"):
         MaskUnitAttention(8, 8, 2, q_stride=4)
 
 
