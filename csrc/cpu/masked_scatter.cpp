@@ -8,6 +8,9 @@
 namespace fastssl {
 namespace {
 
+// Output positions that one task sums over the batch at a time.
+constexpr int64_t kTile = 4;
+
 // The row of x that output row `o` of one image comes from, or -1 for the mask token.
 template <class I>
 FASTSSL_INLINE int64_t source_row(const I* ids_restore, int64_t o, int64_t P, int64_t K) {
@@ -47,8 +50,9 @@ void forward(const Tensor& x, const Tensor& mask_token, const Tensor& ids_restor
   });
 }
 
-// One task owns one output position in every image, so that dpos needs no atomics and its order of
-// addition does not depend on the threads. partial [P + N, D] receives the mask token's share.
+// One task owns a tile of output positions in every image, so that dpos needs no atomics and its
+// order of addition does not depend on the threads; a tile, since longer runs of memory are faster.
+// partial [P + N, D] receives the mask token's share.
 template <class T, class O, class I>
 void backward(const Tensor& dout, const Tensor& ids_restore, int64_t P, Tensor& dx,
               const std::optional<Tensor>& partial, const std::optional<Tensor>& dpos) {
@@ -59,23 +63,28 @@ void backward(const Tensor& dout, const Tensor& ids_restore, int64_t P, Tensor& 
   float* partial_ptr =
       partial.has_value() ? static_cast<float*>(partial->mutable_data_ptr()) : nullptr;
   float* dpos_ptr = dpos.has_value() ? static_cast<float*>(dpos->mutable_data_ptr()) : nullptr;
-  parallel(P + N, grain_rows(B * D), [&](int64_t begin, int64_t end) FASTSSL_LAMBDA {
-    for (int64_t o = begin; o < end; ++o) {
-      float* mask_sum = partial_ptr ? partial_ptr + o * D : nullptr;
-      float* pos_sum = dpos_ptr ? dpos_ptr + o * D : nullptr;
-      if (mask_sum) std::fill(mask_sum, mask_sum + D, 0.0f);
-      if (pos_sum) std::fill(pos_sum, pos_sum + D, 0.0f);
+  const int64_t tiles = (P + N + kTile - 1) / kTile;
+  parallel(tiles, grain_rows(B * D * kTile), [&](int64_t begin, int64_t end) FASTSSL_LAMBDA {
+    const int64_t first = begin * kTile, last = std::min(end * kTile, P + N);
+    if (partial_ptr) std::fill(partial_ptr + first * D, partial_ptr + last * D, 0.0f);
+    if (dpos_ptr) std::fill(dpos_ptr + first * D, dpos_ptr + last * D, 0.0f);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t stop = std::min((tile + 1) * kTile, P + N);
       for (int64_t b = 0; b < B; ++b) {
-        const O* from = dout_ptr + (b * (P + N) + o) * D;
-        const int64_t source = source_row(ids_ptr + b * N, o, P, K);
-        if (source >= 0) {
-          T* to = dx_ptr + (b * (P + K) + source) * D;
-          for (int64_t d = 0; d < D; ++d) store(to + d, load(from + d));
-        } else if (mask_sum) {
-          for (int64_t d = 0; d < D; ++d) mask_sum[d] += load(from + d);
-        }
-        if (pos_sum) {
-          for (int64_t d = 0; d < D; ++d) pos_sum[d] += load(from + d);
+        for (int64_t o = tile * kTile; o < stop; ++o) {
+          const O* from = dout_ptr + (b * (P + N) + o) * D;
+          const int64_t source = source_row(ids_ptr + b * N, o, P, K);
+          if (source >= 0) {
+            T* to = dx_ptr + (b * (P + K) + source) * D;
+            for (int64_t d = 0; d < D; ++d) store(to + d, load(from + d));
+          } else if (partial_ptr) {
+            float* sum = partial_ptr + o * D;
+            for (int64_t d = 0; d < D; ++d) sum[d] += load(from + d);
+          }
+          if (dpos_ptr) {
+            float* sum = dpos_ptr + o * D;
+            for (int64_t d = 0; d < D; ++d) sum[d] += load(from + d);
+          }
         }
       }
     }

@@ -1,0 +1,88 @@
+"""The command line: `python -m benchmarks [list | run | table]`."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from benchmarks import report
+
+# Kineto announces every profile on stderr otherwise.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("list", help="list the cases (the default)")
+    run = commands.add_parser("run", help="run cases, all of them if none is named")
+    run.add_argument("cases", metavar="CASE", nargs="*", help="a name, or what stands before a /")
+    run.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    run.add_argument("--json", type=Path, metavar="FILE", help="put the rows into this file")
+    run.add_argument("--quick", action="store_true", help="small shapes, few rounds: does it run?")
+    run.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: torch's")
+    table = commands.add_parser("table", help="print the table of results, or keep the README's")
+    table.add_argument("files", type=Path, metavar="FILE", nargs="*", help="default: the committed")
+    table.add_argument("--update", action="store_true", help="write the table into README.md")
+    table.add_argument("--check", action="store_true", help="fail if README.md shows another table")
+    options = parser.parse_args(arguments)
+    if options.command == "table":
+        return _table(options)
+    return _run(options) if options.command == "run" else _list()
+
+
+def _list() -> int:
+    from benchmarks.registry import all_cases
+
+    for case in all_cases():
+        print(f"{case.name:<40} {case.direction:<17} {case.shape}")
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    import torch
+
+    from benchmarks.registry import select
+    from benchmarks.runner import Disagreement, run_case
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    try:
+        cases = select(options.cases, options.quick)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    failed = False
+    for case in cases:
+        try:
+            row = run_case(case, device, options.quick)
+        except Disagreement as error:
+            print(f"no number: {error}", file=sys.stderr)
+            failed = True
+            continue
+        print(_summary(row), flush=True)
+        if options.json is not None:
+            report.write_rows(options.json, [row])
+    return int(failed)
+
+
+def _summary(row: report.Row) -> str:
+    times = ", ".join(f"{name} {q[1]:.3f}" for name, q in row["ms"].items())
+    ratios = ", ".join(f"{name} {value:.2f}x" for name, value in row["ratios"].items())
+    return f"{row['case']}: p50 ms {times}; ratios {ratios}"
+
+
+def _table(options: argparse.Namespace) -> int:
+    rows = report.read_rows(options.files or report.committed_results())
+    if not (options.update or options.check):
+        print(report.table(rows), end="")
+        return 0
+    same = report.update_readme(rows, report.README, options.check)
+    if options.check and not same:
+        print("README.md: run `python -m benchmarks table --update`", file=sys.stderr)
+    return int(options.check and not same)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

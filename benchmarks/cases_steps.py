@@ -1,0 +1,205 @@
+"""Whole training steps of masked autoencoders beside transformers' models, in bf16 autocast.
+
+Ours eager meets theirs eager, ours compiled theirs compiled, with equal weights, images, noise and
+the same fused AdamW.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.registry import FORWARD_BACKWARD, STEP, Case, Contender
+from fastssl.models import mae_hiera_tiny_224, mae_vit_base_patch16
+
+try:
+    import transformers
+except ImportError:
+    transformers = None
+
+# Both sides compute in bf16, each in an order of its own.
+TOLERANCE = 5e-2
+# Gradients that the contenders must agree on: those of the first and of the last layer.
+LANDMARKS = (("patch_embed.proj.weight", "projection.weight"), "decoder_pred.weight")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model of ours and transformers' equal, and what they take."""
+
+    name: str
+    shape: str
+    image_side: int
+    noise_size: int
+    ours: Callable[[], nn.Module]
+    theirs: Callable[[], tuple[nn.Module, dict[str, Tensor]]]  # the model, its official state dict
+
+
+def cases(quick: bool) -> list[Case]:
+    batch = 2 if quick else 8
+    families = (_vit(quick), _hiera(quick))
+    return [
+        _step_case(family, batch, direction, compiled=not quick)
+        for family in families
+        for direction in (FORWARD_BACKWARD, STEP)
+    ]
+
+
+def _vit(quick: bool) -> Family:
+    side = 64 if quick else 224
+    ours = {"img_size": side, "norm_pix_loss": True}
+    theirs = {"image_size": side, "norm_pix_loss": True, "layer_norm_eps": 1e-6}
+    if quick:
+        ours |= {"embed_dim": 48, "depth": 2, "num_heads": 3}
+        ours |= {"decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}
+        theirs |= {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
+        theirs |= {"intermediate_size": 192, "decoder_hidden_size": 32}
+        theirs |= {"decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+        theirs |= {"decoder_intermediate_size": 128}
+
+    def build_theirs() -> tuple[nn.Module, dict[str, Tensor]]:
+        from tests.models.vit_keys import official
+
+        config = transformers.ViTMAEConfig(**theirs, attn_implementation="sdpa")
+        model = transformers.ViTMAEForPreTraining(config)
+        return model, official(model.state_dict())
+
+    return Family(
+        "mae_vit_base_step",
+        f"{side}x{side} mask 0.75",
+        side,
+        (side // 16) ** 2,
+        lambda: mae_vit_base_patch16(**ours),
+        build_theirs,
+    )
+
+
+def _hiera(quick: bool) -> Family:
+    side = 64 if quick else 224
+    stages = (1, 1, 1, 1) if quick else (1, 2, 7, 2)
+    decoder = (32, 1, 2) if quick else (512, 8, 16)
+    width = 16 if quick else 96
+
+    def build_ours() -> nn.Module:
+        return mae_hiera_tiny_224(
+            input_size=(side, side),
+            embed_dim=width,
+            stages=stages,
+            decoder_embed_dim=decoder[0],
+            decoder_depth=decoder[1],
+            decoder_num_heads=decoder[2],
+        )
+
+    def build_theirs() -> tuple[nn.Module, dict[str, Tensor]]:
+        from tests.models.hiera_keys import official
+
+        config = transformers.HieraConfig(
+            image_size=[side, side],
+            embed_dim=width,
+            depths=list(stages),
+            num_query_pool=2,
+            decoder_hidden_size=decoder[0],
+            decoder_depth=decoder[1],
+            decoder_num_heads=decoder[2],
+        )
+        model = transformers.HieraForPreTraining(config)
+        return model, official(model.state_dict(), stages)
+
+    return Family(
+        "mae_hiera_tiny_step",
+        f"{side}x{side} mask 0.6",
+        side,
+        (side // 32) ** 2,
+        build_ours,
+        build_theirs,
+    )
+
+
+def _step_case(family: Family, batch: int, direction: str, compiled: bool) -> Case:
+    def make_inputs(device: torch.device) -> tuple:
+        images = torch.randn(batch, 3, family.image_side, family.image_side, device=device)
+        return images, torch.rand(batch, family.noise_size, device=device)
+
+    def contenders(device: torch.device) -> dict[str, Contender]:
+        with_step = direction == STEP
+        ours = family.ours().to(device).train()
+        found = {}
+        if transformers is not None:
+            theirs, weights = family.theirs()
+            ours.load_state_dict(weights)
+            theirs = theirs.to(device).train()
+            found = _contenders("transformers", theirs, with_step, compiled)
+        return found | _contenders("fastssl", ours, with_step, compiled)
+
+    return Case(
+        name=f"{family.name}/{direction}",
+        shape=f"B={batch} {family.shape}",
+        dtype="bfloat16",
+        direction=direction,
+        make_inputs=make_inputs,
+        contenders=contenders,
+        ratios={
+            "eager": ("transformers", "fastssl"),
+            "compiled": ("transformers compiled", "fastssl compiled"),
+        },
+        tolerance=TOLERANCE,
+        flops=count_flops,
+        images=batch,
+    )
+
+
+def _contenders(
+    name: str, model: nn.Module, with_step: bool, compiled: bool
+) -> dict[str, Contender]:
+    optimizer = None
+    if with_step:
+        # A learning rate of 0 costs as much as any other and keeps the contenders comparable.
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.05, fused=True)
+    found = {name: _training_step(model, model, optimizer)}
+    if compiled:
+        found[f"{name} compiled"] = _training_step(model, torch.compile(model), optimizer)
+    return found
+
+
+def _training_step(
+    model: nn.Module,
+    forward: Callable,
+    optimizer: torch.optim.Optimizer | None,
+) -> Contender:
+    """Zero the gradients, forward, backward and, with an optimizer, its step."""
+    parameters = dict(model.named_parameters())
+    landmarks = [
+        next(parameter for name, parameter in parameters.items() if name.endswith(suffixes))
+        for suffixes in LANDMARKS
+    ]
+
+    def call(images: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(images.device.type, torch.bfloat16):
+            # transformers' output is a mapping whose first value is the loss.
+            loss = forward(images, noise=noise)[0]
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+        return loss.detach(), *(parameter.grad for parameter in landmarks)
+
+    return call
+
+
+def count_flops(contenders: dict[str, Contender], inputs: Sequence) -> dict[str, int]:
+    """FLOPs of each model's matrix products, by torch's counter; compiling does not change them.
+
+    Attention takes its unfused path here, for the counter knows no formula of the CPU's fused one.
+    """
+    counted = {}
+    for name, function in contenders.items():
+        if name.endswith(" compiled"):
+            counted[name] = counted[name.removesuffix(" compiled")]
+            continue
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            function(*inputs)
+        counted[name] = counter.get_total_flops()
+    return counted

@@ -1,0 +1,126 @@
+"""Results: JSON rows in a file, markdown tables from rows, and the README that shows them."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+
+Row = dict[str, object]
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Put rows into a file; those of the same case and device are replaced, others stay."""
+    kept = read_rows([path]) if path.exists() else []
+    new = {_key(row) for row in rows}
+    kept = [row for row in kept if _key(row) not in new]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([*kept, *rows], indent=1) + "\n")
+
+
+def read_rows(paths: Iterable[Path]) -> list[Row]:
+    return [row for path in paths for row in json.loads(Path(path).read_text())]
+
+
+def committed_results() -> list[Path]:
+    """Every file of results; local.json is what `make bench` writes and nobody commits."""
+    return sorted(path for path in RESULTS.glob("*.json") if path.name != "local.json")
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: for each set of conditions a line that states them, ops, then whole steps."""
+    parts = []
+    for conditions in dict.fromkeys(_conditions(row) for row in rows):
+        same = [row for row in rows if _conditions(row) == conditions]
+        ops = [row for row in same if "images_per_s" not in row]
+        steps = [row for row in same if "images_per_s" in row]
+        parts.append(conditions)
+        if steps:
+            parts.append(_steps_table(steps))
+        if ops:
+            parts.append(_ops_table(ops))
+    return "\n\n".join(parts) + "\n"
+
+
+def update_readme(rows: Sequence[Row], readme: Path, check: bool = False) -> bool:
+    """Put the table between the README's markers; True if it was there already.
+
+    With `check` nothing is written.
+    """
+    text = readme.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"{readme} must hold the lines {BEGIN} and {END} once each")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    new = f"{before}{BEGIN}\n{table(rows)}{END}{after}"
+    if new != text and not check:
+        readme.write_text(new)
+    return new == text
+
+
+def _key(row: Row) -> tuple:
+    return row["case"], row["device"]
+
+
+def _conditions(row: Row) -> str:
+    machine, versions = row["machine"], row["versions"]
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    with_what = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    return f"{where}; {with_what}; commit {row['commit']}, {row['date']}:"
+
+
+def _steps_table(rows: Sequence[Row]) -> str:
+    header = (
+        "| training | shape | images/s eager | transformers | ratio | images/s compiled "
+        "| transformers | ratio | share of GEMM rate |"
+    )
+    lines = [header, "|---|---|--:|--:|--:|--:|--:|--:|--:|"]
+    for row in rows:
+        speed, ratios = row["images_per_s"], row["ratios"]
+        cells = [f"`{row['case']}`", f"{row['shape']}, {row['dtype']}"]
+        for kind, suffix in (("eager", ""), ("compiled", " compiled")):
+            cells += [
+                _number(speed.get(f"fastssl{suffix}")),
+                _number(speed.get(f"transformers{suffix}")),
+                _ratio(ratios.get(kind)),
+            ]
+        best = max(row["roofline"].get(name, 0.0) for name in ("fastssl", "fastssl compiled"))
+        lines.append(_line([*cells, f"{best:.0%}"]))
+    return "\n".join(lines)
+
+
+def _ops_table(rows: Sequence[Row]) -> str:
+    header = (
+        "| op | shape | backend | p50 ms (p20, p80) | over eager | over torch.compile | over rival "
+        "| of roofline | extra MB, eager's |"
+    )
+    lines = [header, "|---|---|---|--:|--:|--:|--:|--:|--:|"]
+    for row in rows:
+        p20, p50, p80 = (_number(q) for q in row["ms"]["fastssl"])
+        extra = [f"{row['peak_extra_bytes'][name] / 1e6:.1f}" for name in ("fastssl", "eager")]
+        cells = [
+            f"`{row['case']}` {row['direction']}",
+            row["shape"],
+            row["backend"],
+            f"{p50} ({p20}, {p80})",
+            *(_ratio(row["ratios"].get(name)) for name in ("eager", "compiled", "rival")),
+            f"{row['roofline']['fastssl']:.0%}",
+            ", ".join(extra),
+        ]
+        lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"

@@ -1,0 +1,102 @@
+"""From the `data` key of a configuration to datasets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from fastssl.data.crops import EvaluationCrops, PretrainingCrops
+from fastssl.data.decode import BrokenImage
+from fastssl.data.folder import ImageFiles, list_images
+from fastssl.data.photos import list_photos
+from fastssl.data.transforms import IMAGENET_MEAN, IMAGENET_STD, RandomResizedCrop
+
+# The photographs are few, so that an epoch takes many crops of each.
+_CROPS_PER_PHOTO = 64
+
+
+def build_datasets(
+    data: str,
+    *,
+    image_size: int | tuple[int, int],
+    seed: int = 0,
+    scale: tuple[float, float] = (0.2, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: float = 0.5,
+    crops_per_image: int | None = None,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    eval_scale: tuple[float, float] = (0.2, 0.5),
+    eval_crops: int = 32,
+    max_eval_images: int = 200,
+) -> tuple[PretrainingCrops, tuple[EvaluationCrops, EvaluationCrops] | None]:
+    """Datasets for pretraining and for its evaluation, of the photographs or of a folder.
+
+    Evaluation asks, of a crop from the right half of a picture, which picture it is from, having
+    seen crops from the left halves. It therefore needs no labels, and pretraining sees only the
+    left half of the pictures that take part: at most `max_eval_images`, evenly spaced.
+
+    Args:
+        data: "photos", or a folder of images at any depth.
+        image_size: side, or (height, width), of a crop in pixels.
+        seed: of the crops.
+        scale, ratio, flip: see `RandomResizedCrop`.
+        crops_per_image: samples of one picture in an epoch. None: 64 of a photograph, 1 of a
+            file in a folder.
+        mean, std: of the RGB channels, for normalisation, where white is 1.
+        eval_scale: as `scale`, for the square crops of evaluation.
+        eval_crops: crops of each half in evaluation.
+        max_eval_images: pictures in evaluation. 0: none, and pretraining sees all whole.
+
+    Returns:
+        The pretraining dataset; the evaluation datasets to learn from and to test on, or None
+        where fewer than two pictures can take part.
+
+    Raises:
+        ValueError: `data` is missing, a file, without images or without a readable one.
+        ImportError: the photographs are not installed.
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    crop = RandomResizedCrop(size, tuple(scale), tuple(ratio), flip)
+    eval_crop = RandomResizedCrop(size, tuple(eval_scale), (1.0, 1.0), 0.0)
+    unreadable: dict[str, str] = {}
+    if data == "photos":
+        root, names = list_photos()
+    else:
+        root, names, unreadable = list_images(data)
+    # The smallest crop of half a picture should still have the pixels that it is resized to.
+    shortest_side = math.ceil(2 * max(size) / math.sqrt(min(scale[0], eval_scale[0])))
+    files = ImageFiles(root, names, shortest_side)
+    files.skipped.update(unreadable)
+    files.read_or_next(0)
+
+    positions = _evaluated(files, max_eval_images)
+    if crops_per_image is None:
+        crops_per_image = _CROPS_PER_PHOTO if data == "photos" else 1
+    norm = {"mean": mean, "std": std}
+    train = PretrainingCrops(
+        files, crop, seed=seed, crops_per_image=crops_per_image, held_out=positions, **norm
+    )
+    if not positions:
+        return train, None
+    learn, test = (
+        EvaluationCrops(
+            files, eval_crop, positions, held_out=held_out, crops_per_image=eval_crops, **norm
+        )
+        for held_out in (False, True)
+    )
+    return train, (learn, test)
+
+
+def _evaluated(files: ImageFiles, max_images: int) -> list[int]:
+    """Positions of the readable ones among `max_images` evenly spaced files; [] for under two."""
+    number = min(max_images, len(files))
+    readable = []
+    for i in range(number):
+        position = i * len(files) // number
+        try:
+            files.read(position)
+        except BrokenImage:
+            continue
+        readable.append(position)
+    return readable if len(readable) > 1 else []

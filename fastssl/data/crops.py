@@ -1,0 +1,148 @@
+"""Datasets of crops: batches are a function of (seed, epoch, sample, view) and the files."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fastssl import functional as F
+from fastssl.data.batch import Batch
+from fastssl.data.folder import ImageFiles
+from fastssl.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Box, RandomResizedCrop
+
+
+@dataclass(frozen=True)
+class Request:
+    """The samples of one micro-batch, as a sampler hands it to a worker."""
+
+    indices: Tensor  # [B] int64
+    epoch: int = 0
+    view: int = 0
+
+
+def left_half(image: Image.Image) -> Box:
+    """The half of a picture for training."""
+    return 0, 0, max(image.width // 2, 1), image.height
+
+
+def right_half(image: Image.Image) -> Box:
+    """The held-out half. Disjoint from the left one unless the picture is one pixel wide.
+
+    Left and right, because what a photograph shows changes less from side to side than from sky
+    to ground.
+    """
+    return min(image.width // 2, image.width - 1), 0, image.width, image.height
+
+
+class PretrainingCrops(Dataset[Batch]):
+    """Random crops of the pictures of `files`, unlabelled.
+
+    Sample i is a crop of picture i mod len(files); any i >= 0 is valid, `len` is the number that
+    makes up an epoch. Of the pictures in `held_out` only the left half is used.
+    """
+
+    def __init__(
+        self,
+        files: ImageFiles,
+        crop: RandomResizedCrop,
+        *,
+        seed: int = 0,
+        crops_per_image: int = 1,
+        held_out: Collection[int] = (),
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ):
+        self.files = files
+        self.crop = crop
+        self.seed = seed
+        self.crops_per_image = crops_per_image
+        self.held_out = frozenset(held_out)
+        self.mean = tuple(mean)
+        self.std = tuple(std)
+        self._num_reported = 0
+
+    def __len__(self) -> int:
+        return len(self.files) * self.crops_per_image
+
+    def __getitem__(self, request: Request) -> Batch:
+        """The crops that the request names, as uint8 [B, 3, H, W]."""
+        uniforms = F.keyed_uniform(
+            request.indices,
+            self.crop.num_uniforms,
+            seed=self.seed,
+            epoch=request.epoch,
+            view=request.view,
+            stream=F.STREAM_CROP,
+        ).tolist()
+        crops = []
+        for index, numbers in zip(request.indices.tolist(), uniforms, strict=True):
+            position, image = self.files.read_or_next(index % len(self.files))
+            whole = (0, 0, image.width, image.height)
+            region = left_half(image) if position in self.held_out else whole
+            crops.append(self.crop(image, region, numbers))
+        # A worker's own list reaches the main process with its batches.
+        new = dict(list(self.files.skipped.items())[self._num_reported :])
+        self._num_reported = len(self.files.skipped)
+        return Batch(
+            torch.stack(crops), request.indices, request.epoch, request.view, skipped=new or None
+        )
+
+    def describe(self) -> str:
+        """One line for the log."""
+        return (
+            f"{len(self.files)} images in {self.files.root}, {len(self)} crops an epoch, "
+            f"{len(self.held_out)} images with a held-out half"
+        )
+
+
+class EvaluationCrops(Dataset[Batch]):
+    """A fixed set of labelled crops of one half of some pictures; the label is which picture.
+
+    Sample i is crop i mod crops_per_image of picture positions[i // crops_per_image]. The crops
+    do not depend on the run's seed, so that runs are comparable.
+    """
+
+    def __init__(
+        self,
+        files: ImageFiles,
+        crop: RandomResizedCrop,
+        positions: Sequence[int],
+        *,
+        held_out: bool,
+        crops_per_image: int,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ):
+        self.files = files
+        self.crop = crop
+        self.positions = tuple(positions)
+        self.held_out = held_out
+        self.crops_per_image = crops_per_image
+        self.mean = tuple(mean)
+        self.std = tuple(std)
+
+    def __len__(self) -> int:
+        return len(self.positions) * self.crops_per_image
+
+    def __getitem__(self, request: Request) -> Batch:
+        """The crops that the request names, as uint8 [B, 3, H, W], with their labels."""
+        uniforms = F.keyed_uniform(
+            request.indices,
+            self.crop.num_uniforms,
+            seed=0,
+            view=int(self.held_out),
+            stream=F.STREAM_EVAL,
+        ).tolist()
+        labels = request.indices // self.crops_per_image
+        crops = []
+        for label, numbers in zip(labels.tolist(), uniforms, strict=True):
+            # A file that was readable when the run began may be gone by now.
+            _, image = self.files.read_or_next(self.positions[label])
+            region = right_half(image) if self.held_out else left_half(image)
+            crops.append(self.crop(image, region, numbers))
+        return Batch(torch.stack(crops), request.indices, labels=labels)

@@ -1,0 +1,190 @@
+"""Batches in a global order that is a function of (seed, step), whatever reads them."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from fastssl import functional as F
+from fastssl.data.batch import Batch
+from fastssl.data.crops import Request
+from fastssl.data.transforms import normalize
+
+
+class CropsDataset(Protocol):
+    """What a loader needs of a dataset."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, request: Request) -> Batch: ...
+
+
+def _num_samples(dataset: CropsDataset, global_batch_size: int) -> int:
+    """Samples of an epoch: the dataset, repeated as a whole until it fills a global batch."""
+    return len(dataset) * -(-global_batch_size // len(dataset))
+
+
+def steps_per_epoch(dataset: CropsDataset, global_batch_size: int) -> int:
+    """Global batches in an epoch; the samples that do not fill one wait for another epoch."""
+    return _num_samples(dataset, global_batch_size) // global_batch_size
+
+
+def epoch_permutation(num_samples: int, *, seed: int, epoch: int) -> Tensor:
+    """[num_samples] int64, the order of the samples in an epoch."""
+    samples = torch.arange(num_samples)
+    noise = F.keyed_uniform(samples, 2, seed=seed, epoch=epoch, stream=F.STREAM_SHUFFLE).double()
+    # A number has 24 bits, so that among thousands some are equal: two make 48.
+    return torch.argsort(noise[:, 0] + noise[:, 1] * 2.0**-24, stable=True)
+
+
+class GlobalOrder(Sampler[Request]):
+    """This rank's micro-batches of steps [start_step, num_steps).
+
+    Step s takes positions [s' * G, (s' + 1) * G) of its epoch's permutation, s' being the step
+    within the epoch; rank r of W the r-th contiguous slice of them; a micro-batch the next slice
+    of that. Nothing is remembered from one step to the next.
+    """
+
+    def __init__(
+        self,
+        dataset: CropsDataset,
+        *,
+        global_batch_size: int,
+        num_steps: int,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulation: int = 1,
+        seed: int = 0,
+        view: int = 0,
+    ):
+        if global_batch_size < 1 or global_batch_size % (world_size * accumulation):
+            raise ValueError(
+                "global_batch_size must be a positive multiple of ranks x accumulation = "
+                f"{world_size} x {accumulation}, got {global_batch_size}"
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
+        if not 0 <= start_step <= num_steps:
+            raise ValueError(f"start_step must be in [0, {num_steps}], got {start_step}")
+        self.num_samples = _num_samples(dataset, global_batch_size)
+        self.steps_per_epoch = self.num_samples // global_batch_size
+        self.global_batch_size = global_batch_size
+        self.steps = range(start_step, num_steps)
+        self.rank, self.world_size, self.accumulation = rank, world_size, accumulation
+        self.seed, self.view = seed, view
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.accumulation
+
+    def __iter__(self) -> Iterator[Request]:
+        micro_batch = self.global_batch_size // (self.world_size * self.accumulation)
+        order, order_epoch = None, -1
+        for step in self.steps:
+            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                order = epoch_permutation(self.num_samples, seed=self.seed, epoch=epoch)
+                order_epoch = epoch
+            start = step_in_epoch * self.global_batch_size
+            start += self.rank * self.accumulation * micro_batch
+            for _ in range(self.accumulation):
+                # A view would carry the whole epoch's order to the worker.
+                indices = order[start : start + micro_batch].clone()
+                yield Request(indices, epoch, self.view)
+                start += micro_batch
+
+
+class Loader:
+    """Iterable of normalised batches on `device`; `skipped` collects {broken file: reason}."""
+
+    def __init__(
+        self,
+        dataset: CropsDataset,
+        requests: Sampler[Request],
+        *,
+        num_workers: int = 0,
+        device: torch.device | str = "cpu",
+    ):
+        self.device = torch.device(device)
+        self.mean, self.std = dataset.mean, dataset.std
+        self.skipped: dict[str, str] = {}
+        self._loader = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=requests,
+            num_workers=num_workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_start_worker,
+            pin_memory=self.device.type == "cuda",
+            # The global generator stays where it is: a resumed run must find it there.
+            generator=torch.Generator(),
+        )
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._loader:
+            self.skipped.update(batch.skipped or {})
+            # Pixels travel as bytes, a quarter of the floats, to the main process and the GPU.
+            batch = batch.to(self.device, non_blocking=True)
+            yield replace(batch, images=normalize(batch.images, self.mean, self.std))
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _start_worker(worker_id: int) -> None:
+    # More would compete with the other workers and with training for the same cores.
+    torch.set_num_threads(1)
+    # Ctrl-C, torchrun and schedulers signal every process. The main one decides: it still needs
+    # batches to finish its step.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def build_loader(
+    dataset: CropsDataset,
+    *,
+    global_batch_size: int,
+    num_steps: int,
+    start_step: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    accumulation: int = 1,
+    num_workers: int = 0,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    view: int = 0,
+) -> Loader:
+    """The micro-batches of this rank for optimizer steps [start_step, num_steps), in order.
+
+    The global batch of a step is the same for any number of ranks, micro-batches and workers. An
+    epoch is floor(N / G) global batches of G of the N samples; fewer than G samples are repeated,
+    each time with crops and an index of their own, rather than refused.
+
+    Raises:
+        ValueError: global_batch_size is no multiple of world_size * accumulation.
+    """
+    requests = GlobalOrder(
+        dataset,
+        global_batch_size=global_batch_size,
+        num_steps=num_steps,
+        start_step=start_step,
+        rank=rank,
+        world_size=world_size,
+        accumulation=accumulation,
+        seed=seed,
+        view=view,
+    )
+    return Loader(dataset, requests, num_workers=num_workers, device=device)

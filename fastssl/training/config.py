@@ -1,0 +1,319 @@
+"""The configuration: one nested dataclass per component, every key with its help.
+
+`load("mae_vit_base", ["train.steps=1000"])` reads a recipe and puts overrides on top.
+"""
+
+# ruff: noqa: RUF009 - `option` is dataclasses.field with a help text
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fastssl.methods import METHODS
+from fastssl.optim.schedules import SCALINGS, Schedule
+from fastssl.training import recipes
+
+DEFAULT_RECIPE = "photos"
+
+
+def option(default: Any, text: str, **metadata: Any) -> Any:
+    """A field with its help; mutable defaults are copied."""
+    metadata["help"] = text
+    if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):
+        return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class LoaderConfig:
+    num_workers: int = option(0, "processes that decode images, per rank; 0: the main process")
+
+
+@dataclass
+class ViewsConfig:
+    image_size: Any = option(224, "side of a crop in pixels, or [height, width]", type="int | list")
+    scale: list[float] = option([0.2, 1.0], "area of a crop / area of the picture, [min, max]")
+    ratio: list[float] = option([3 / 4, 4 / 3], "width / height of a crop, [min, max]")
+    flip: float = option(0.5, "probability of a horizontal flip")
+    crops_per_image: int | None = option(
+        None, "samples of one picture in an epoch; null: 64 of a photograph, 1 of a file"
+    )
+    mean: list[float] = option([0.485, 0.456, 0.406], "subtracted from R, G, B (white is 1)")
+    std: list[float] = option([0.229, 0.224, 0.225], "R, G, B are divided by it")
+
+
+@dataclass
+class ModelConfig:
+    name: str = option("mae_vit_base_patch16", "factory or class in fastssl.models")
+    args: dict[str, Any] = option({}, "its keyword arguments, as model.args.depth=4")
+    weights: str | None = option(None, "file of released weights to start from")
+
+
+@dataclass
+class MethodConfig:
+    name: str = option("mae", "what is learned", choices=tuple(METHODS))
+    mask_ratio: float = option(0.75, "share of the patches or mask units that is hidden")
+
+
+@dataclass
+class OptimConfig:
+    betas: list[float] = option([0.9, 0.95], "AdamW's decay rates of the two moments")
+    eps: float = option(1e-8, "AdamW's term in the denominator")
+    lr_scaling: str = option(
+        "linear", "how the learning rate grows with the global batch", choices=SCALINGS
+    )
+    lr_reference_batch: int = option(256, "global batch that schedules.lr.base is meant for")
+    layer_decay: float = option(1.0, "factor of the learning rate from one block to the one below")
+    clip_grad: float | None = option(None, "largest norm of the whole gradient; null: no clipping")
+
+
+@dataclass
+class SchedulesConfig:
+    """Only base of the learning rate is scaled with the batch; its start and final are not."""
+
+    lr: Schedule = option(Schedule(1.5e-4, 0.0, 0.0), "learning rate, base per lr_reference_batch")
+    weight_decay: Schedule = option(Schedule(0.05, 0.05), "weight decay")
+    last_layer_lr: Schedule | None = option(
+        None, "factor of the learning rate of modules called last_layer (hold_steps freezes)"
+    )
+    teacher_momentum: Schedule | None = option(None, "share of the teacher that a step keeps")
+    teacher_temp: Schedule | None = option(None, "temperature of the teacher's softmax")
+
+
+@dataclass
+class TrainConfig:
+    steps: int = option(1000, "optimizer steps of the whole run")
+    global_batch_size: int = option(256, "images of one optimizer step, over all ranks")
+    accumulation: int = option(1, "micro-batches of one optimizer step, per rank")
+    precision: str = option("fp32", "bf16: autocast, parameters in fp32", choices=("fp32", "bf16"))
+    compile: bool = option(False, "torch.compile the method")
+    device: str = option("auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda"))
+
+
+@dataclass
+class EvalConfig:
+    every: int = option(0, "steps between evaluations; 0: only before and after")
+    batch_size: int = option(256, "images of one forward, per rank")
+    scale: list[float] = option([0.2, 0.5], "as views.scale, for the crops of the evaluation")
+    crops: int = option(32, "crops of each half of an evaluated picture")
+    max_images: int = option(200, "pictures in the evaluation; 0: none")
+    pictures: int = option(8, "rows of reconstructions.png")
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = option(1000, "steps between checkpoints; 0: only at the end")
+    keep: int = option(2, "newest checkpoints that are kept")
+
+
+@dataclass
+class LogConfig:
+    every: int = option(10, "steps between lines in metrics.jsonl and on the progress bar")
+    tensorboard: bool = option(True, "write TensorBoard files too")
+
+
+@dataclass
+class Config:
+    name: str = option("", "the run is in <out>/<name>; empty: the recipe's name")
+    data: str = option("photos", "'photos', or a folder of images at any depth")
+    out: str = option("runs", "folder of all runs")
+    overwrite: bool = option(False, "delete a finished or broken run of the same name first")
+    seed: int = option(0, "of weights, crops, order and masks")
+    loader: LoaderConfig = option(LoaderConfig(), "reading of images")
+    views: ViewsConfig = option(ViewsConfig(), "crops")
+    model: ModelConfig = option(ModelConfig(), "network")
+    method: MethodConfig = option(MethodConfig(), "objective")
+    optim: OptimConfig = option(OptimConfig(), "optimizer")
+    schedules: SchedulesConfig = option(SchedulesConfig(), "quantities by step")
+    train: TrainConfig = option(TrainConfig(), "the loop")
+    eval: EvalConfig = option(EvalConfig(), "evaluation on frozen features")
+    checkpoint: CheckpointConfig = option(CheckpointConfig(), "checkpoints")
+    log: LogConfig = option(LogConfig(), "metrics")
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of the configuration: a value, or a group of keys."""
+
+    name: str  # with dots
+    type: str
+    default: Any
+    help: str
+    choices: tuple[str, ...]
+    group: type | None
+    optional: bool
+
+
+def keys(defaults: Any, prefix: str = "") -> Iterator[Key]:
+    """Every key of a configuration (or a part of one), groups before what they hold."""
+    hints = typing.get_type_hints(type(defaults))
+    for f in dataclasses.fields(defaults):
+        hint, optional = hints[f.name], False
+        if isinstance(hint, types.UnionType):
+            hint, optional = hint.__args__[0], True
+        group = hint if dataclasses.is_dataclass(hint) else None
+        default = getattr(defaults, f.name)
+        name = f.metadata.get("type") or (
+            hint.__name__ if type(hint) is type else str(hint).replace("typing.", "")
+        )
+        yield Key(
+            name=prefix + f.name,
+            type=name + (" | null" if optional else ""),
+            default=default,
+            help=f.metadata["help"],
+            choices=f.metadata.get("choices", ()),
+            group=group,
+            optional=optional,
+        )
+        if group is not None:
+            yield from keys(default or group(), f"{prefix}{f.name}.")
+
+
+_KEYS = {key.name: key for key in keys(Config())}
+
+
+def nearest(word: str, candidates: Sequence[str]) -> str:
+    """The candidate most like `word`, as a whole or in its last part."""
+
+    def likeness(candidate: str) -> float:
+        whole = difflib.SequenceMatcher(None, word, candidate).ratio()
+        leaf = difflib.SequenceMatcher(
+            None, word.rsplit(".", 1)[-1], candidate.rsplit(".", 1)[-1]
+        ).ratio()
+        return max(whole, 0.9 * leaf)
+
+    return max(candidates, key=likeness)
+
+
+def load(recipe: str = DEFAULT_RECIPE, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a recipe or YAML file with `key.sub=value` overrides.
+
+    Raises:
+        ValueError: unknown recipe, unknown key (names the nearest), wrong type (names the key, the
+            expected type and what came), or a value out of range.
+    """
+    path = recipes.find(recipe)
+    config = OmegaConf.structured(Config)
+    config.name = path.stem
+    try:
+        content = OmegaConf.load(path)
+    except Exception as error:
+        raise ValueError(f"{path} is not YAML that can be read: {error}") from error
+    if not isinstance(content, DictConfig):
+        raise ValueError(f"{path} must hold keys and values, got {type(content).__name__}")
+    _update(config, OmegaConf.to_container(content))
+    for override in overrides:
+        name, equals, _ = override.partition("=")
+        if not equals or not name:
+            raise ValueError(f"an override must look like key.sub=value, got {override!r}")
+        try:
+            values = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+        except Exception as error:
+            raise ValueError(f"{override!r} has a value that YAML cannot read: {error}") from error
+        _update(config, values)
+    try:
+        result = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{error.full_key}: {error.msg}") from error
+    check(result)
+    return result
+
+
+def _update(config: DictConfig, values: dict, prefix: str = "") -> None:
+    for name, value in values.items():
+        key = _KEYS.get(f"{prefix}{name}")
+        if key is None:
+            raise ValueError(
+                f"unknown key {prefix}{name}; the nearest is {nearest(f'{prefix}{name}', [*_KEYS])}"
+            )
+        if key.group is None:
+            _set(config, key, value)
+        elif isinstance(value, dict):
+            if OmegaConf.select(config, key.name) is None:
+                OmegaConf.update(config, key.name, key.group())
+            _update(config, value, f"{key.name}.")
+        elif value is None and key.optional:
+            OmegaConf.update(config, key.name, None)
+        else:
+            inside = ", ".join(f.name for f in dataclasses.fields(key.group))
+            raise ValueError(f"{key.name} must be a group of keys ({inside}), got {value!r}")
+
+
+def _set(config: DictConfig, key: Key, value: Any) -> None:
+    try:
+        OmegaConf.update(config, key.name, value, merge=isinstance(value, dict))
+    except OmegaConfBaseException:
+        raise ValueError(
+            f"{key.name} must be {key.type}, got {value!r} ({type(value).__name__})"
+        ) from None
+    if key.choices and value not in key.choices:
+        options = ", ".join(key.choices)
+        raise ValueError(
+            f"{key.name} must be one of {options}, got {value!r}; "
+            f"the nearest is {nearest(str(value), key.choices)}"
+        )
+
+
+def check(config: Config) -> None:
+    """ValueError for a value out of its range; what depends on data or model is checked there."""
+    train, views = config.train, config.views
+    sides = views.image_size if isinstance(views.image_size, list) else [views.image_size]
+    if len(sides) > 2 or not sides or any(type(s) is not int or s < 1 for s in sides):
+        raise ValueError(
+            f"views.image_size must be a positive int or [height, width], got {views.image_size!r}"
+        )
+    at_least_one = {
+        "train.global_batch_size": train.global_batch_size,
+        "train.accumulation": train.accumulation,
+        "log.every": config.log.every,
+        "checkpoint.keep": config.checkpoint.keep,
+        "eval.batch_size": config.eval.batch_size,
+        "eval.pictures": config.eval.pictures,
+    }
+    for name, value in at_least_one.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not 0 < config.method.mask_ratio < 1:
+        raise ValueError(
+            f"method.mask_ratio must be between 0 and 1, got {config.method.mask_ratio}"
+        )
+    for name, value, length in (
+        ("views.scale", views.scale, 2),
+        ("views.ratio", views.ratio, 2),
+        ("views.mean", views.mean, 3),
+        ("views.std", views.std, 3),
+        ("eval.scale", config.eval.scale, 2),
+        ("optim.betas", config.optim.betas, 2),
+    ):
+        if len(value) != length:
+            raise ValueError(f"{name} must have {length} values, got {value}")
+    if not config.name or Path(config.name).name != config.name or config.name in (".", ".."):
+        raise ValueError(f"name must be the name of a folder, got {config.name!r}")
+
+
+def dump(config: Config) -> str:
+    """YAML that `load` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def describe() -> str:
+    """Every key with its type, default and help, one a line, for --help."""
+    lines = []
+    for key in _KEYS.values():
+        if key.group is not None:
+            lines += ["", f"{key.name}: {key.help}" + (" (default: null)" * key.optional)]
+            continue
+        choices = f" ({', '.join(key.choices)})" if key.choices else ""
+        default = "null" if key.default is None else key.default
+        lines.append(f"  {key.name}={default!s}  [{key.type}] {key.help}{choices}")
+    return "\n".join(lines)

@@ -1,0 +1,222 @@
+"""The training loop: `train(config)`."""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager, closing
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from fastssl import distributed
+from fastssl.distributed import World
+from fastssl.evaluation import evaluate
+from fastssl.optim import set_hyperparameters
+from fastssl.training import checkpoint, messages, setup
+from fastssl.training.config import Config, check
+from fastssl.training.metrics import Clock, Log, Meter, NonFiniteError, peak_memory_mb
+from fastssl.training.report import read_metrics, save_reconstructions, write_report
+from fastssl.training.run import open_run, stop_on_signal
+
+
+def train(config: Config, *, resume: bool = False) -> Path:
+    """Pretrain as `config` says and return the run's folder; `resume` goes on with what is there.
+
+    In one process, or under torchrun in each of several. A step is a function of the configuration
+    and of its number: a run that was interrupted and resumed ends with the same parameters, and
+    any number of ranks draws the same batches, crops and masks.
+
+    Raises:
+        ValueError: a value in the configuration cannot be used; it is named.
+        FileExistsError: there is such a run.
+        NonFiniteError: loss or gradient is not finite any more; what was saved before is.
+    """
+    check(config)
+    with distributed.session(config.train.device) as world, stop_on_signal() as stop:
+        run = Run(config, world, resume)
+        with closing(run.log):
+            while not stop():
+                if run.evaluation_is_due():
+                    run.evaluate()
+                if run.step == config.train.steps:
+                    break
+                run.train_step()
+                if run.step % config.log.every == 0:
+                    run.record()
+                if run.checkpoint_is_due():
+                    run.save()
+            if run.step > run.saved_step:
+                run.save()  # stopped between checkpoints
+        run.finish()
+    return run.folder
+
+
+class Run:
+    """The parts of a run and what the loop does with them. `step` counts optimizer steps done."""
+
+    def __init__(self, config: Config, world: World, resume: bool) -> None:
+        self.config, self.world = config, world
+        setup.micro_batch_size(config, world)
+        self.train_set, self.eval_sets = setup.datasets(config)
+        self.method, self.optimizer = setup.method_and_optimizer(config, world)
+        # Not before the rest of the configuration has proved good: it may delete an older run.
+        self.folder = open_run(config, resume=resume)
+        self.step = self.saved_step = self.recorded_step = self._restore()
+        self.loader = setup.loader(config, self.train_set, world, self.step)
+        self.log = Log(
+            self.folder,
+            world,
+            start_step=self.step,
+            num_steps=config.train.steps,
+            tensorboard=config.log.tensorboard,
+        )
+        self.evaluated = distributed.on_main(self._evaluated_steps)
+        self.example = setup.example_batch(config, self.train_set, self.eval_sets, world.device)
+        data = self.train_set.describe()
+        self.log.say(messages.introduction(config, world, self.method, data, self.step))
+        self.batches = iter(self.loader)
+        self.meter, self.clock = Meter(world.device), Clock()
+
+    def train_step(self) -> None:
+        """One optimizer step on the next global batch."""
+        method, accumulation = self.method, self.config.train.accumulation
+        values = setup.scheduled(self.config, self.step)
+        set_hyperparameters(
+            self.optimizer,
+            lr=values.pop("lr"),
+            weight_decay=values.pop("weight_decay"),
+            last_layer_lr=values.pop("last_layer_lr", 1.0),
+        )
+        method.before_step(values)
+        totals: dict[str, Tensor] = {}
+        for micro_batch in range(accumulation):
+            with self.clock.waiting():
+                batch = next(self.batches)
+            distributed.sync_gradients(method, micro_batch == accumulation - 1)
+            with self._autocast():
+                outputs = method(batch)
+            (outputs["loss"] / accumulation).backward()
+            for name, value in outputs.items():
+                totals[name] = totals.get(name, 0.0) + value.detach() / accumulation
+        totals["grad_norm"] = self._clip_gradient()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        method.after_step()
+        self.step += 1
+        self.meter.add(self.step, totals)
+
+    def record(self) -> None:
+        """Write the means since the last record; the step is known to be finite afterwards."""
+        num_steps = self.step - self.recorded_step
+        if num_steps == 0:
+            return
+        try:
+            means = self.meter.flush()
+        except NonFiniteError as error:
+            raise NonFiniteError(messages.non_finite(error, self.folder, self.saved_step)) from None
+        values = means | setup.scheduled(self.config, self.step - 1)
+        values |= self.clock.flush(num_steps * self.config.train.global_batch_size)
+        values["peak_memory_mb"] = peak_memory_mb(self.world.device)
+        self.log.write(self.step, "train", values)
+        self.log.progress(self.step, values)
+        self.recorded_step = self.step
+
+    def checkpoint_is_due(self) -> bool:
+        every = self.config.checkpoint.every
+        return self.step == self.config.train.steps or (every > 0 and self.step % every == 0)
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, which `record` has found finite."""
+        self.record()
+        with self.clock.paused():
+            checkpoint.save(
+                self.folder / "checkpoints",
+                self.step,
+                self.method,
+                self.optimizer,
+                position=setup.position(self.config, self.train_set),
+                keep=self.config.checkpoint.keep,
+            )
+        self.saved_step = self.step
+
+    def evaluation_is_due(self) -> bool:
+        every, steps = self.config.eval.every, self.config.train.steps
+        due = self.step in (0, steps) or (every > 0 and self.step % every == 0)
+        return due and self.step not in self.evaluated
+
+    def evaluate(self) -> None:
+        """Judge the frozen features, draw reconstructions and write the report."""
+        self.record()
+        self.method.eval()
+        # Training must go on as if nothing had been drawn here.
+        with self.clock.paused(), checkpoint.preserved_rng_state():
+            if self.eval_sets is not None:
+                scores = evaluate(
+                    self._features,
+                    *self.eval_sets,
+                    batch_size=self.config.eval.batch_size,
+                    device=self.world.device,
+                    num_workers=self.config.loader.num_workers,
+                )
+                self.log.write(self.step, "eval", scores)
+                self.log.say(messages.scores(self.step, scores))
+            with torch.no_grad(), self._autocast():
+                pictures = self.method.reconstruct(self.example)
+            distributed.reshard(self.method)
+            if self.world.is_main:
+                self._show(pictures)
+        self.method.train()
+        self.evaluated.add(self.step)
+
+    def finish(self) -> None:
+        """The report, and what came out, or how to go on."""
+        skipped: dict[str, str] = {}
+        for of_rank in distributed.gather(self.loader.skipped):
+            skipped |= of_rank
+        if not self.world.is_main:
+            return
+        (self.folder / "skipped.json").write_text(json.dumps(skipped, indent=1), encoding="utf-8")
+        write_report(self.folder)
+        lines = read_metrics(self.folder / "metrics.jsonl")
+        print(messages.summary(self.config, self.folder, self.step, *lines, skipped), flush=True)
+
+    def _show(self, pictures: tuple[Tensor, Tensor, Tensor] | None) -> None:
+        if pictures is not None:
+            save_reconstructions(
+                self.folder / "reconstructions.png",
+                *(images.float() for images in pictures),
+                mean=self.train_set.mean,
+                std=self.train_set.std,
+                max_rows=self.config.eval.pictures,
+            )
+        write_report(self.folder)
+
+    def _restore(self) -> int:
+        """The step to go on from: of the newest whole checkpoint, or 0."""
+        found = distributed.on_main(lambda: checkpoint.complete(self.folder / "checkpoints"))
+        if not found:
+            return 0
+        position = setup.position(self.config, self.train_set)
+        return checkpoint.restore(found[-1], self.method, self.optimizer, position=position)
+
+    def _evaluated_steps(self) -> set[int]:
+        return {line["step"] for line in read_metrics(self.folder / "metrics.jsonl")[1]}
+
+    def _features(self, images: Tensor) -> Tensor:
+        with self._autocast():
+            return self.method.features(images)
+
+    def _autocast(self) -> AbstractContextManager:
+        enabled = self.config.train.precision == "bf16"
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=enabled)
+
+    def _clip_gradient(self) -> Tensor:
+        """The norm of the whole gradient over all ranks, as it was before clipping."""
+        parameters = [p for p in self.method.parameters() if p.grad is not None]
+        norm = get_total_norm([p.grad for p in parameters])
+        if self.config.optim.clip_grad is not None:
+            clip_grads_with_norm_(parameters, self.config.optim.clip_grad, norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -1,0 +1,87 @@
+"""What a run tells people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import median
+
+from torch import nn
+
+from fastssl.distributed import World
+from fastssl.training.config import Config
+from fastssl.training.setup import micro_batch_size, scheduled
+
+_SCORES = {"knn": "k-NN", "linear": "linear probe"}
+
+
+def introduction(config: Config, world: World, method: nn.Module, data: str, step: int) -> str:
+    """What is about to run."""
+    train = config.train
+    micro_batch = micro_batch_size(config, world)
+    millions = sum(p.numel() for p in method.parameters()) / 1e6
+    start = f"going on after step {step}" if step else "starting"
+    lr = config.schedules.lr
+    warm = min(lr.hold_steps + lr.warmup_steps, max(train.steps - 1, 0))
+    return "\n".join(
+        [
+            f"{config.method.name} with {config.model.name}, {millions:.2f} M parameters",
+            data,
+            f"global batch {train.global_batch_size} = {world.size} ranks x {train.accumulation} "
+            f"micro-batches x {micro_batch} images, {train.precision} on {world.device.type}",
+            f"{start}, {train.steps} steps in all; learning rate after the warm-up "
+            f"{scheduled(config, warm)['lr']:.2e}",
+        ]
+    )
+
+
+def scores(step: int, values: dict[str, float]) -> str:
+    """One evaluation in a line."""
+    parts = [f"{name} {values[key]:.1f} %" for key, name in _SCORES.items()]
+    return f"step {step}: frozen features, held-out crops: {', '.join(parts)}"
+
+
+def non_finite(error: Exception, folder: Path, saved_step: int) -> str:
+    """What to do about a loss that is not finite any more."""
+    good = f"step {saved_step} is saved and good" if saved_step else "nothing was saved yet"
+    return (
+        f"{error}; {good}. Try a smaller schedules.lr.base, a longer schedules.lr.warmup_steps, "
+        f"optim.clip_grad=1 or train.precision=fp32; with --resume the run {folder} goes on from "
+        "its last checkpoint"
+    )
+
+
+def summary(
+    config: Config,
+    folder: Path,
+    step: int,
+    train_lines: list[dict],
+    eval_lines: list[dict],
+    skipped: dict[str, str],
+) -> str:
+    """The evidence at the end, or how to go on when it is not the end."""
+    lines = [""]
+    if eval_lines:
+        before, after = eval_lines[0], eval_lines[-1]
+        lines.append(
+            f"{'frozen features':<16}{'step ' + str(before['step']):>10}"
+            f"{'step ' + str(after['step']):>12}{'change':>10}"
+        )
+        for key, name in _SCORES.items():
+            change = after[key] - before[key]
+            lines.append(f"{name:<16}{before[key]:>8.1f} %{after[key]:>10.1f} %{change:>+10.1f}")
+    if train_lines:
+        speed = median(line["images_per_second"] for line in train_lines)
+        wait = median(line["data_wait"] for line in train_lines)
+        lines.append(
+            f"loss {train_lines[0]['loss']:.4f} -> {train_lines[-1]['loss']:.4f}, "
+            f"{speed:.0f} images/s, {wait:.0%} of the time waiting for data"
+        )
+    if skipped:
+        lines.append(f"{len(skipped)} broken files were skipped, see {folder / 'skipped.json'}")
+    if step < config.train.steps:
+        lines.append(
+            f"stopped after step {step} of {config.train.steps}; go on with: "
+            f"fastssl-train {folder / 'config.yaml'} --resume"
+        )
+    lines.append(f"report: {folder / 'report.html'}")
+    return "\n".join(lines)

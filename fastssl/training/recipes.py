@@ -1,0 +1,31 @@
+"""Where the recipes are: <repo>/recipes in a checkout, fastssl/recipes in a wheel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def folder() -> Path:
+    """The folder of the shipped recipes."""
+    checkout = PACKAGE.parent / "recipes"
+    return PACKAGE / "recipes" if (PACKAGE / "recipes").is_dir() else checkout
+
+
+def names() -> list[str]:
+    """The shipped recipes, as the command takes them."""
+    return sorted(path.stem for path in folder().glob("*.yaml"))
+
+
+def find(recipe: str) -> Path:
+    """The file of a recipe by its name, or a YAML file by its path."""
+    path = Path(recipe).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        if path.is_file():
+            return path
+        raise ValueError(f"recipe file {path} does not exist; recipes: {', '.join(names())}")
+    shipped = folder() / f"{recipe}.yaml"
+    if recipe in names():
+        return shipped
+    raise ValueError(f"recipe must be a YAML file or one of {', '.join(names())}; got {recipe!r}")

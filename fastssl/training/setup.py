@@ -1,0 +1,164 @@
+"""From the configuration to what the loop works with."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import fields, replace
+
+import numpy as np
+import torch
+from torch.optim import Optimizer
+
+from fastssl import distributed
+from fastssl.data import Batch, build_datasets
+from fastssl.data.crops import EvaluationCrops, PretrainingCrops, Request
+from fastssl.data.loader import Loader, build_loader
+from fastssl.distributed import World
+from fastssl.methods import Method, build_method
+from fastssl.models import load_pretrained
+from fastssl.optim import build_adamw, scale_lr
+from fastssl.training.config import Config
+
+# What may be called from outside a sharded method, besides forward.
+FORWARD_METHODS = ("features", "reconstruct")
+# Schedules that the loop itself applies.
+_OF_THE_OPTIMIZER = ("lr", "weight_decay", "last_layer_lr")
+
+
+def datasets(
+    config: Config,
+) -> tuple[PretrainingCrops, tuple[EvaluationCrops, EvaluationCrops] | None]:
+    """The pretraining set, and the two of the evaluation if there is one."""
+    views, judged = config.views, config.eval
+    size = views.image_size
+    return build_datasets(
+        config.data,
+        image_size=tuple(size) if isinstance(size, list) else size,
+        seed=config.seed,
+        scale=tuple(views.scale),
+        ratio=tuple(views.ratio),
+        flip=views.flip,
+        crops_per_image=views.crops_per_image,
+        mean=tuple(views.mean),
+        std=tuple(views.std),
+        eval_scale=tuple(judged.scale),
+        eval_crops=judged.crops,
+        max_eval_images=judged.max_images,
+    )
+
+
+def loader(config: Config, train_set: PretrainingCrops, world: World, start_step: int) -> Loader:
+    """This rank's micro-batches from optimizer step `start_step` on."""
+    return build_loader(
+        train_set,
+        global_batch_size=config.train.global_batch_size,
+        num_steps=config.train.steps,
+        start_step=start_step,
+        rank=world.rank,
+        world_size=world.size,
+        accumulation=config.train.accumulation,
+        num_workers=config.loader.num_workers,
+        device=world.device,
+        seed=config.seed,
+    )
+
+
+def example_batch(
+    config: Config,
+    train_set: PretrainingCrops,
+    eval_sets: tuple[EvaluationCrops, EvaluationCrops] | None,
+    device: torch.device,
+) -> Batch:
+    """Crops to show reconstructed: held-out ones, evenly spaced, if there are any."""
+    dataset = train_set if eval_sets is None else eval_sets[1]
+    number = min(config.eval.pictures, len(dataset))
+    request = Request(torch.arange(number) * len(dataset) // number)
+    return next(iter(Loader(dataset, [request], device=device)))
+
+
+def micro_batch_size(config: Config, world: World) -> int:
+    """Images of one forward: ranks * accumulation of them make up the global batch."""
+    parts = world.size * config.train.accumulation
+    if config.train.global_batch_size % parts:
+        raise ValueError(
+            f"train.global_batch_size must be a multiple of ranks x train.accumulation = "
+            f"{world.size} x {config.train.accumulation}, got {config.train.global_batch_size}"
+        )
+    return config.train.global_batch_size // parts
+
+
+def position(config: Config, train_set: PretrainingCrops) -> dict[str, int]:
+    """What the place of a step in the data depends on; it must not change when a run resumes."""
+    return {
+        "seed": config.seed,
+        "train.global_batch_size": config.train.global_batch_size,
+        "the number of samples in data": len(train_set),
+    }
+
+
+def method_and_optimizer(config: Config, world: World) -> tuple[Method, Optimizer]:
+    """Weights by config.seed, the same on all ranks, then compiled and sharded as configured."""
+    _seed(config.seed)
+    method = build_method(
+        config.method.name,
+        model=config.model.name,
+        model_args=config.model.args,
+        image_size=config.views.image_size,
+        mask_ratio=config.method.mask_ratio,
+        seed=config.seed,
+    )
+    if config.model.weights is not None:
+        report = load_pretrained(method.model, config.model.weights)
+        if world.is_main:
+            print(report)
+    method.to(world.device)
+    if config.train.compile:
+        # FSDP's hooks stand between the blocks: there, each is compiled by itself.
+        for module in [method] if world.size == 1 else distributed.blocks(method):
+            module.compile()
+    if world.size > 1:
+        distributed.shard(method, world, FORWARD_METHODS)
+    optimizer = build_adamw(
+        method,
+        betas=config.optim.betas,
+        eps=config.optim.eps,
+        layer_decay=config.optim.layer_decay,
+    )
+    _check_schedules(config, method, optimizer)
+    # What still draws from the global generators (stochastic depth) differs between ranks.
+    _seed(config.seed + 1 + world.rank)
+    return method, optimizer
+
+
+def scheduled(config: Config, step: int) -> dict[str, float]:
+    """The value of each configured schedule in optimizer step `step`."""
+    values = {}
+    for name in (f.name for f in fields(config.schedules)):
+        schedule = getattr(config.schedules, name)
+        if name == "lr":
+            optim, batch = config.optim, config.train.global_batch_size
+            base = scale_lr(
+                schedule.base, batch, scaling=optim.lr_scaling, reference=optim.lr_reference_batch
+            )
+            schedule = replace(schedule, base=base)
+        if schedule is not None:
+            values[name] = schedule(step, config.train.steps)
+    return values
+
+
+def _check_schedules(config: Config, method: Method, optimizer: Optimizer) -> None:
+    """Refuse a schedule that would do nothing, and the lack of one that is needed."""
+    for name in (f.name for f in fields(config.schedules)):
+        given = getattr(config.schedules, name) is not None
+        if name not in _OF_THE_OPTIMIZER and given != (name in method.schedules):
+            does = "does not use" if given else "needs"
+            raise ValueError(f"schedules.{name}: method {config.method.name} {does} it")
+    last_layers = any(group["last_layer"] for group in optimizer.param_groups)
+    if config.schedules.last_layer_lr is not None and not last_layers:
+        raise ValueError("schedules.last_layer_lr: no module of the method is called last_layer")
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

@@ -1,0 +1,193 @@
+"""The benchmark runner: what it lists, what a row holds, and the tables made from rows."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from benchmarks import measure, report, runner
+from benchmarks.__main__ import main
+from benchmarks.registry import FORWARD, FORWARD_BACKWARD, Case, all_cases, op_case, select
+from fastssl.kernels.common.dispatch import OPS
+
+CPU = torch.device("cpu")
+FIELDS = {
+    *("case", "shape", "dtype", "direction", "backend", "rounds", "ms", "ratios"),
+    *("bytes_moved", "flops", "roofline", "copy_gb_per_s", "gemm_tflop_per_s"),
+    *("peak_extra_bytes", "load_average_before", "device", "machine", "versions", "commit", "date"),
+}
+
+
+def test_listing_names_every_case_once(capsys):
+    assert main([]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == [case.name for case in all_cases()]
+    assert len(names) == len(set(names))
+    bases = {name.split("/")[0] for name in names}
+    assert {"mae_vit_base_step", "mae_hiera_tiny_step", "masked_patch_embed"} <= bases
+    assert {case.op for case in all_cases()} - {None} <= OPS.keys()
+
+
+def test_selecting_by_name_or_base():
+    assert [c.name for c in select(["masked_scatter"])] == [
+        "masked_scatter/float32",
+        "masked_scatter/bfloat16",
+    ]
+    assert [c.name for c in select(["random_masking/float32"])] == ["random_masking/float32"]
+    with pytest.raises(ValueError, match=r"CASE must be one of .*masked_scatter.*got 'masked'"):
+        select(["masked"])
+
+
+def test_a_quick_op_case_gives_a_complete_row(tmp_path, capsys):
+    path = tmp_path / "results.json"
+    arguments = ["run", "masked_scatter/float32", "--quick", "--device", "cpu"]
+    assert main([*arguments, "--json", str(path)]) == 0
+    (row,) = json.loads(path.read_text())
+    assert row.keys() == FIELDS
+    assert row["case"] == "masked_scatter/float32"
+    assert row["ms"].keys() == {"eager", "compiled", "fastssl"}
+    for p20, p50, p80 in row["ms"].values():
+        assert 0 < p20 <= p50 <= p80
+    for name in ("eager", "compiled"):
+        quotient = row["ms"][name][1] / row["ms"]["fastssl"][1]
+        assert math.isclose(row["ratios"][name], quotient, rel_tol=1e-2)
+    # Two images, there and back, 4 bytes per value of 50 tokens in and 197 out.
+    assert row["bytes_moved"] == 2 * 2 * 4 * 512 * (50 + 197)
+    # The eager formula holds all shuffled tokens beside its output.
+    assert row["peak_extra_bytes"]["eager"] > 2 * 196 * 512 * 4
+    assert "masked_scatter/float32: p50 ms" in capsys.readouterr().out
+    # A second run replaces the row.
+    report.write_rows(path, [row | {"rounds": 0}])
+    assert [r["rounds"] for r in json.loads(path.read_text())] == [0]
+
+
+def test_a_quick_training_step_runs_beside_transformers():
+    pytest.importorskip("transformers")
+    (case,) = select(["mae_vit_base_step/step"], quick=True)
+    row = runner.run_case(case, CPU, quick=True)
+    assert row.keys() == FIELDS | {"images_per_s"}
+    assert row["images_per_s"].keys() == {"transformers", "fastssl"}
+    assert row["ratios"].keys() == {"eager"}
+    assert 0 < row["flops"]["fastssl"] < row["flops"]["transformers"]
+
+
+def wrong_case(offset: float) -> Case:
+    def function(x: torch.Tensor, backend: str | None) -> torch.Tensor:
+        return x * 2 + (0.0 if backend == "reference" else offset)
+
+    return op_case(
+        "wrong",
+        function,
+        lambda device: (torch.ones(4, device=device, requires_grad=True), torch.ones(4)),
+        op="masked_scatter",
+        shape="",
+        dtype=torch.float32,
+        direction=FORWARD_BACKWARD,
+        bytes_moved=64,
+    )
+
+
+def test_no_number_without_agreement():
+    with pytest.raises(runner.Disagreement, match=r"result 0 of fastssl differs .* by 5\.0e-01"):
+        runner.run_case(wrong_case(1.0), CPU, quick=True)
+    right = wrong_case(0.0)
+    runner.check_agreement(right, right.contenders(CPU), right.make_inputs(CPU))
+
+
+def test_integers_agree_exactly_or_not_at_all():
+    ones = torch.ones(3, dtype=torch.int32)
+    assert runner.relative_error(ones, ones.long()) == 0
+    assert runner.relative_error(ones, ones + 1) == math.inf
+    assert runner.relative_error(ones.float(), torch.ones(4)) == math.inf
+    assert math.isnan(runner.relative_error(ones * torch.nan, ones.float()))
+
+
+def test_timing_is_interleaved_over_rotating_inputs():
+    calls: list[tuple[str, int]] = []
+    contenders = {name: lambda i, name=name: calls.append((name, i)) for name in "abc"}
+    times = runner.time_interleaved(contenders, [(0,), (1,)], CPU, quick=True)
+    calls = calls[6:]  # two rounds to warm up
+    rounds = [calls[i : i + 3] for i in range(0, len(calls), 3)]
+    assert [len(values) for values in times.values()] == [len(rounds)] * 3
+    for r, part in enumerate(rounds):
+        assert {name for name, _ in part} == set("abc")
+        assert {i for _, i in part} == {r % 2}
+        assert part[0][0] == "abc"[r % 3]
+
+
+def test_extra_memory_is_the_peak_less_what_remains():
+    megabyte = 1 << 20
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        # Two temporaries of 4 MB at once, a result of 4 MB.
+        return (x + 1).exp_() * torch.ones(megabyte)
+
+    extra = measure.peak_extra_bytes(function, [torch.zeros(megabyte)], CPU)
+    assert extra == 8 * megabyte
+
+
+def test_quantiles_are_p20_p50_p80():
+    assert measure.quantiles(range(101)) == [20, 50, 80]
+
+
+def make_row(case: str, **changes) -> dict[str, object]:
+    row = {
+        "case": case,
+        "shape": "B=64",
+        "dtype": "float32",
+        "direction": FORWARD,
+        "backend": "cpp",
+        "rounds": 9,
+        "ms": {"eager": [3.0, 4.0, 5.0], "compiled": [2.0, 3.0, 4.0], "fastssl": [0.9, 1.0, 1.25]},
+        "ratios": {"eager": 4.0, "compiled": 3.0},
+        "roofline": {"eager": 0.2, "compiled": 0.3, "fastssl": 0.8},
+        "peak_extra_bytes": {"eager": 2_500_000, "compiled": 0, "fastssl": 100_000},
+        "device": "cpu",
+        "machine": {"cpu": "A CPU", "cores": 2, "threads": 2, "gpu": None},
+        "versions": {"torch": "2.13.0", "triton": None},
+        "commit": "abc",
+        "date": "2026-01-02",
+    }
+    return row | changes
+
+
+def make_step_row() -> dict[str, object]:
+    return make_row(
+        "mae_step/step",
+        images_per_s={"transformers": 8.0, "fastssl": 12.0, "fastssl compiled": 16.0},
+        ratios={"eager": 1.5},
+        roofline={"transformers": 0.1, "fastssl": 0.2, "fastssl compiled": 0.25},
+    )
+
+
+def test_table_from_rows():
+    text = report.table([make_row("op/float32"), make_step_row()])
+    assert "A CPU, 2 threads; torch 2.13.0; commit abc, 2026-01-02:" in text
+    assert (
+        "| `op/float32` forward | B=64 | cpp | 1 (0.9, 1.25) | 4.00x | 3.00x |  | 80% | 0.1, 2.5 |"
+    ) in text
+    assert "| `mae_step/step` | B=64, float32 | 12 | 8 | 1.50x | 16 |  |  | 25% |" in text
+    other = make_row("op/float32", machine={"cpu": "B", "cores": 4, "threads": 4, "gpu": "A GPU"})
+    assert report.table([make_row("op/float32"), other]).count("commit abc") == 2
+
+
+def test_readme_shows_the_table_of_the_results(tmp_path, monkeypatch, capsys):
+    results, readme = tmp_path / "results", tmp_path / "README.md"
+    report.write_rows(results / "machine.json", [make_row("op/float32")])
+    report.write_rows(results / "local.json", [make_row("not_committed/float32")])
+    monkeypatch.setattr(report, "RESULTS", results)
+    monkeypatch.setattr(report, "README", readme)
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="must hold the lines"):
+        main(["table", "--check"])
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    assert main(["table", "--check"]) == 1
+    assert "table --update" in capsys.readouterr().err
+    assert main(["table", "--update"]) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n")
+    assert "`op/float32`" in text and "not_committed" not in text and "old" not in text
+    assert main(["table", "--check"]) == 0
+    assert main(["table", str(results / "local.json")]) == 0
+    assert "not_committed" in capsys.readouterr().out

@@ -1,0 +1,349 @@
+"""The loop: what a run leaves, and that stopping and going on changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from fastssl.training import checkpoint, loop
+from fastssl.training.config import load
+from fastssl.training.loop import Run, train
+from fastssl.training.metrics import NonFiniteError
+from tests.training.tiny import (
+    HIERA,
+    assert_same_tensors,
+    make_images,
+    saved_tensors,
+    tiny_config,
+)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+    """The report takes longer than the run; test_cli has it."""
+    monkeypatch.setattr(loop, "write_report", lambda folder: None)
+
+
+def lines_of(folder, kind="train"):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def trained(folder):
+    """Step, loss and gradient norm of each line: what must not depend on interruptions."""
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines_of(folder)]
+
+
+def interrupt(monkeypatch, after_step, how):
+    """Let something happen within the training step `after_step`, once."""
+    real = Run.train_step
+
+    def train_step(run):
+        real(run)
+        if run.step == after_step:
+            how()
+
+    monkeypatch.setattr(Run, "train_step", train_step)
+
+
+def crash():
+    raise KeyError("the machine went away")
+
+
+def stop_signal():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(images, tmp_path_factory):
+    config = tiny_config(images, tmp_path_factory.mktemp("runs"), "name=whole", "eval.every=3")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "write_report", lambda folder: None)
+        return train(config)
+
+
+def test_every_step_and_evaluation_is_in_the_metrics(uninterrupted):
+    train_lines, evals = lines_of(uninterrupted), lines_of(uninterrupted, "eval")
+    assert [line["step"] for line in train_lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in evals] == [0, 3, 6]
+    for line in train_lines:
+        assert line["loss"] > 0 and line["grad_norm"] > 0 and line["images_per_second"] > 0
+        assert 0 <= line["data_wait"] <= 1 and line["peak_memory_mb"] > 50
+    # base 0.05 per 256 images, 8 of them; 2 of 6 steps warm-up, then a cosine to 0.
+    peak = 0.05 * 8 / 256
+    half = [0.0, 0.5, 1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5]
+    assert [line["lr"] for line in train_lines] == pytest.approx([peak * h for h in half])
+    assert train_lines[0]["weight_decay"] == 0.1
+    assert train_lines[3]["weight_decay"] == pytest.approx(0.15)
+    assert all(0 <= line["knn"] <= 100 and 0 <= line["linear"] <= 100 for line in evals)
+
+
+def test_evaluation_does_not_touch_training(images, tmp_path, uninterrupted):
+    folder = train(tiny_config(images, tmp_path, "name=bare", "eval.max_images=0"))
+    assert lines_of(folder, "eval") == []
+    # Without held-out halves the crops differ; the number of evaluations must not matter.
+    often = train(tiny_config(images, tmp_path, "name=often", "eval.every=1"))
+    assert trained(often) == trained(uninterrupted)
+    last = "checkpoints/step_00000006"
+    assert_same_tensors(saved_tensors(often / last), saved_tensors(uninterrupted / last))
+
+
+@pytest.mark.parametrize(
+    "how, after_step", [(crash, 3), (crash, 4), (stop_signal, 3), (stop_signal, 1), (crash, 1)]
+)
+def test_interrupted_and_resumed_is_bit_identical(
+    images, tmp_path, monkeypatch, capsys, uninterrupted, how, after_step
+):
+    config = tiny_config(images, tmp_path, "eval.every=3")
+    with monkeypatch.context() as patch:
+        interrupt(patch, after_step, how)
+        if how is crash:
+            with pytest.raises(KeyError):
+                train(config)
+        else:
+            folder = train(config)
+            assert [p.name for p in checkpoint.complete(folder / "checkpoints")][-1] == (
+                f"step_{after_step:08d}"
+            )
+            assert f"stopped after step {after_step} of 6; go on with: fastssl-train " in (
+                capsys.readouterr().out
+            )
+    torch.rand(5)
+    folder = train(load(str(tmp_path / "tiny" / "config.yaml")), resume=True)
+    last = "checkpoints/step_00000006"
+    assert_same_tensors(saved_tensors(folder / last), saved_tensors(uninterrupted / last))
+    assert trained(folder) == trained(uninterrupted)
+    ours, theirs = lines_of(folder, "eval"), lines_of(uninterrupted, "eval")
+    assert ours == theirs
+
+
+def test_stochastic_depth_resumes_with_its_random_numbers(images, tmp_path, monkeypatch):
+    modes = []
+
+    def careless_evaluate(features, *args, **kwargs):
+        modes.append(features.__self__.method.training)
+        torch.rand(3)
+        return {"knn": 0.0, "linear": 0.0}
+
+    drop = [*HIERA, "model.args.drop_path_rate=0.5"]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", careless_evaluate)
+        whole = train(tiny_config(images, tmp_path, "name=whole", "eval.every=1", model=drop))
+    assert modes == [False] * 7
+    config = tiny_config(images, tmp_path, "name=parts", model=drop)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 3, crash)
+        with pytest.raises(KeyError):
+            train(config)
+    parts = train(config, resume=True)
+    assert trained(parts) == trained(whole)
+    last = "checkpoints/step_00000006"
+    assert_same_tensors(saved_tensors(parts / last), saved_tensors(whole / last))
+
+
+def train_in_ranks(config, resume, stop_at):
+    """The loop in a rank of the pool, which rank 0 alone is asked to stop after a step."""
+    loop.write_report = lambda folder: None
+    if stop_at:
+        real = Run.train_step
+
+        def train_step(run):
+            real(run)
+            if run.step == stop_at and run.world.is_main:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        Run.train_step = train_step
+    try:
+        return train(config, resume=resume)
+    finally:
+        if stop_at:
+            Run.train_step = real
+
+
+def test_two_ranks_stop_together_and_resume_bit_identically(
+    gloo_pool, images, tmp_path, uninterrupted
+):
+    whole = tiny_config(images, tmp_path, "name=whole", "eval.every=3")
+    gloo_pool.run(train_in_ranks, 2, whole, False, 0)
+    parts = tiny_config(images, tmp_path, "name=parts", "eval.every=3")
+    gloo_pool.run(train_in_ranks, 2, parts, False, 3)
+    saved = checkpoint.complete(tmp_path / "parts" / "checkpoints")
+    assert saved[-1].name == "step_00000003"
+    assert {p.name for p in saved[-1].glob("rank_*")} == {"rank_0.json", "rank_1.json"}
+    gloo_pool.run(train_in_ranks, 2, parts, True, 0)
+
+    last = "checkpoints/step_00000006"
+    expected = saved_tensors(tmp_path / "whole" / last)
+    assert_same_tensors(saved_tensors(tmp_path / "parts" / last), expected)
+    assert trained(tmp_path / "parts") == trained(tmp_path / "whole")
+    # And it is the run of one process, up to the order of sums.
+    for name, tensor in saved_tensors(uninterrupted / last).items():
+        torch.testing.assert_close(expected[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    for key in ("knn", "linear", "rankme"):
+        ours = [line[key] for line in lines_of(tmp_path / "whole", "eval")]
+        assert ours == pytest.approx([line[key] for line in lines_of(uninterrupted, "eval")], 1e-3)
+
+
+def test_two_ranks_go_on_with_what_one_saved(
+    gloo_pool, images, tmp_path, monkeypatch, uninterrupted
+):
+    config = tiny_config(images, tmp_path)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 3, stop_signal)
+        train(config)
+    gloo_pool.run(train_in_ranks, 2, config, True, 0)
+    last = "checkpoints/step_00000006"
+    ours = saved_tensors(tmp_path / "tiny" / last)
+    for name, tensor in saved_tensors(uninterrupted / last).items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(images, tmp_path):
+    config = tiny_config(images, tmp_path)
+    folder = train(config)
+    before = (folder / "metrics.jsonl").read_text()
+    train(config, resume=True)
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_accumulation_equals_the_big_batch(images, tmp_path):
+    big = train(tiny_config(images, tmp_path, "name=big"))
+    small = train(tiny_config(images, tmp_path, "name=small", "train.accumulation=4"))
+    for ours, theirs in zip(trained(small), trained(big), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    last = "checkpoints/step_00000006"
+    expected = saved_tensors(big / last)
+    for name, tensor in saved_tensors(small / last).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_workers_draw_the_same_batches(images, tmp_path, uninterrupted):
+    config = tiny_config(images, tmp_path, "name=workers", "loader.num_workers=1", "eval.every=3")
+    folder = train(config)
+    assert trained(folder) == trained(uninterrupted)
+
+
+def test_bf16_trains_close_to_fp32_and_keeps_fp32_parameters(images, tmp_path, uninterrupted):
+    folder = train(tiny_config(images, tmp_path, "train.precision=bf16", "eval.every=3"))
+    losses = [line[1] for line in trained(folder)]
+    expected = [line[1] for line in trained(uninterrupted)]
+    assert losses != expected
+    assert losses == pytest.approx(expected, rel=0.02)
+    tensors = saved_tensors(folder / "checkpoints/step_00000006")
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+
+
+def test_an_existing_run_is_not_touched(images, tmp_path):
+    config = tiny_config(images, tmp_path, "train.steps=2")
+    folder = train(config)
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    with pytest.raises(FileExistsError) as error:
+        train(config)
+    for part in (str(folder), "--resume", "overwrite=true", "name="):
+        assert part in str(error.value)
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+
+
+def test_overwrite_starts_anew_but_not_before_the_configuration_is_good(images, tmp_path):
+    folder = train(tiny_config(images, tmp_path, "train.steps=2"))
+    for bad in (["data=/nowhere"], ["model.args.nothing=1"], ["train.accumulation=3"]):
+        with pytest.raises(ValueError):
+            train(tiny_config(images, tmp_path, "overwrite=true", *bad))
+    assert len(lines_of(folder)) == 2
+    train(tiny_config(images, tmp_path, "overwrite=true", "train.steps=1", "checkpoint.every=0"))
+    assert len(lines_of(folder)) == 1
+    saved = checkpoint.complete(folder / "checkpoints")
+    assert [path.name for path in saved] == ["step_00000001"]
+
+
+def test_a_folder_that_is_no_run_is_never_deleted(images, tmp_path):
+    mine = tmp_path / "tiny" / "thesis.txt"
+    mine.parent.mkdir()
+    mine.write_text("years of work")
+    with pytest.raises(FileExistsError, match="exists and is no run"):
+        train(tiny_config(images, tmp_path, "overwrite=true"))
+    assert mine.read_text() == "years of work"
+
+
+def test_resume_without_a_run_starts_one(images, tmp_path):
+    folder = train(tiny_config(images, tmp_path, "train.steps=1"), resume=True)
+    assert [line["step"] for line in lines_of(folder)] == [1]
+
+
+def test_resume_with_another_batch_is_refused(images, tmp_path):
+    train(tiny_config(images, tmp_path, "train.steps=2"))
+    with pytest.raises(ValueError, match=r"train.global_batch_size must be 8 to resume .* got 4"):
+        train(tiny_config(images, tmp_path, "train.global_batch_size=4"), resume=True)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_stops_the_run_and_is_not_saved(images, tmp_path, monkeypatch, what):
+    real = Run.train_step
+
+    def train_step(run):
+        if run.step == 4:
+            weight = run.method.model.decoder_pred.bias
+            if what == "loss":
+                weight.data.fill_(float("nan"))
+            else:
+                weight.register_hook(lambda grad: grad * float("inf"))
+        real(run)
+
+    monkeypatch.setattr(Run, "train_step", train_step)
+    with pytest.raises(NonFiniteError) as error:
+        train(tiny_config(images, tmp_path, "log.every=100", "checkpoint.every=2"))
+    for part in ("not finite at step 5", "step 4 is saved and good", "--resume", "schedules.lr"):
+        assert part in str(error.value)
+    saved = checkpoint.complete(tmp_path / "tiny" / "checkpoints")
+    assert [path.name for path in saved] == ["step_00000002", "step_00000004"]
+    for tensor in saved_tensors(saved[-1]).values():
+        assert tensor.isfinite().all()
+
+
+def test_signals_are_what_they_were_after_the_run(images, tmp_path):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    train(tiny_config(images, tmp_path, "train.steps=1"))
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_second_signal_ends_a_process_alone_at_once(images, tmp_path, monkeypatch):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    interrupt(monkeypatch, 2, twice)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_config(images, tmp_path))
+
+
+def test_weights_to_start_from_are_loaded(images, tmp_path):
+    source = train(tiny_config(images, tmp_path, "name=source", "train.steps=2"))
+    tensors = saved_tensors(source / "checkpoints/step_00000002")
+    weights = {
+        name.removeprefix("model.model."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith("model.")
+    }
+    torch.save({"model": weights}, tmp_path / "released.pth")
+    config = tiny_config(
+        images, tmp_path, "seed=3", "train.steps=0", f"model.weights={tmp_path / 'released.pth'}"
+    )
+    folder = train(config)
+    assert checkpoint.complete(folder / "checkpoints") == []
+    assert lines_of(folder, "eval")[0]["rankme"] == lines_of(source, "eval")[-1]["rankme"]
+
+
+@pytest.mark.slow
+def test_compiled_training_agrees_with_eager(images, tmp_path, uninterrupted):
+    folder = train(tiny_config(images, tmp_path, "train.compile=true", "eval.every=3"))
+    for ours, theirs in zip(trained(folder), trained(uninterrupted), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)

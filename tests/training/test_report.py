@@ -1,0 +1,183 @@
+"""report.html holds what the run left, whole or in part, and the sheet its reconstructions."""
+
+import base64
+import json
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastssl.training.report import read_metrics, save_reconstructions, write_report
+
+VOID = {"meta", "img", "br", "link"}
+
+
+class Page(HTMLParser):
+    """Checks that every element is closed, and collects text, attributes and tags."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.text, self.tags, self.attributes = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    @property
+    def words(self):
+        return " ".join(" ".join(self.text).split())
+
+
+def page_of(run_dir):
+    return Page(write_report(run_dir).read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    folder = tmp_path / "my & run"
+    folder.mkdir()
+    lines = [
+        {"step": 0, "kind": "eval", "knn": 50.0, "linear": 61.25, "rankme": 9.0},
+        {"step": 1, "kind": "train", "loss": 1.5, "lr": 0.1, "images_per_second": 90.0,
+         "data_wait": 0.25, "peak_memory_mb": 700.0, "grad_norm": 1.0},
+        {"step": 2, "kind": "train", "loss": 0.875, "lr": 0.05, "images_per_second": 110.0,
+         "data_wait": 0.35, "peak_memory_mb": 650.0, "grad_norm": 0.5},
+        {"step": 2, "kind": "eval", "knn": 64.5, "linear": 60.0, "rankme": 12.0},
+    ]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    (folder / "config.yaml").write_text("name: <script>alert(1)</script>\nseed: 7\n")
+    (folder / "skipped.json").write_text(json.dumps({"/data/<b>.png": "truncated & broken"}))
+    Image.new("RGB", (9, 9), "red").save(folder / "reconstructions.png")
+    return folder
+
+
+def test_the_page_holds_the_run(run_dir):
+    page = page_of(run_dir)
+    words = page.words
+    assert "my & run" in words
+    assert "step 0 step 2 change k-NN, % 50.0 64.5 +14.5 linear probe, % 61.2 60.0 -1.2" in words
+    assert "RankMe 9.0 12.0 +3.0" in words
+    assert "steps 2 loss, last 0.8750 images/s, median 100.0" in words
+    assert "time waiting for data, median 30.0% peak memory, MB 700" in words
+    assert "Skipped files: 1" in words and "/data/<b>.png truncated & broken" in words
+    assert "name: <script>alert(1)</script> seed: 7" in words
+
+
+def test_the_page_is_self_contained_and_escaped(run_dir):
+    page = page_of(run_dir)
+    assert "script" not in page.tags and "b" not in page.tags
+    sources = [value for name, value in page.attributes if name in ("src", "href")]
+    images = [value for value in sources if not value.startswith("#")]
+    assert [value.startswith("data:image/png;base64,") for value in images] == [True]
+    data = base64.b64decode(images[0].removeprefix("data:image/png;base64,"))
+    assert data == (run_dir / "reconstructions.png").read_bytes()
+
+
+def test_the_curves_are_drawn(run_dir):
+    page = page_of(run_dir)
+    series = {value for name, value in page.attributes if name == "id"}
+    assert {"loss", "knn", "linear", "images_per_second", "lr"} <= series
+    assert page.tags.count("svg") == 1
+    assert "k-NN" in page.text and "images/s" in page.text, "text stays text"
+
+
+def test_the_page_is_reproducible(run_dir):
+    first = write_report(run_dir).read_bytes()
+    assert write_report(run_dir).read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    "missing", ["metrics.jsonl", "config.yaml", "reconstructions.png", "skipped.json"]
+)
+def test_any_part_may_be_missing(run_dir, missing):
+    (run_dir / missing).unlink()
+    words = page_of(run_dir).words
+    assert ("No evaluation was made" in words) == (missing == "metrics.jsonl")
+    assert ("Configuration" in words) == (missing != "config.yaml")
+    assert ("Reconstructions" in words) == (missing != "reconstructions.png")
+    assert ("Skipped files" in words) == (missing != "skipped.json")
+
+
+def test_an_empty_run(tmp_path):
+    words = page_of(tmp_path).words
+    assert "No evaluation was made" in words and "No training step was logged" in words
+
+
+def test_partial_lines(run_dir):
+    (run_dir / "metrics.jsonl").write_text(
+        '{"step": 4, "kind": "train", "loss": NaN}\n{"step": 5, "kind": "eval", "linear": 1.0}\n'
+    )
+    words = page_of(run_dir).words
+    assert "loss, last nan" in words and "linear probe, % 1.0 1.0 +0.0" in words
+    assert "k-NN, %" not in words.split("Curves")[0]
+
+
+def test_read_metrics_of_a_resumed_and_a_killed_run(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"step": 1, "kind": "train", "loss": 3}\n'
+        '{"step": 2, "kind": "train", "loss": 2}\n'
+        '{"step": 3, "kind": "train", "loss": 9}\n'
+        '{"step": 2, "kind": "eval", "knn": 1}\n'
+        '{"step": 3, "kind": "train", "loss": 1}\n'
+        '{"step": 3, "kind": "other"}\n'
+        '[1, 2]\n"text"\n'
+        '{"step": 4, "kind": "tra'
+    )
+    train, evals = read_metrics(path)
+    assert [(line["step"], line["loss"]) for line in train] == [(1, 3), (2, 2), (3, 1)]
+    assert evals == [{"step": 2, "kind": "eval", "knn": 1}]
+
+
+def test_many_skipped_files_are_counted_and_cut(run_dir):
+    skipped = {f"/data/{i}.png": "broken" for i in range(300)}
+    (run_dir / "skipped.json").write_text(json.dumps(skipped))
+    words = page_of(run_dir).words
+    assert "Skipped files: 300" in words and "The first 200 are shown" in words
+    assert "/data/199.png" in words and "/data/200.png" not in words
+
+
+def test_reconstruction_sheet(tmp_path):
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.2, 0.1)
+    values = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [0.7, 0.8, 0.9], [0.0, 1.0, 2.0]])
+    columns = []
+    for shift in (0.0, 0.05, 0.1):
+        level = (values + shift).view(4, 3, 1, 1).expand(4, 3, 64, 64)
+        columns.append((level - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1))
+    path = tmp_path / "r.png"
+    save_reconstructions(path, *columns, mean=mean, std=std, max_rows=3)
+    sheet = np.asarray(Image.open(path)).astype(int)
+    cell = 128 + 4
+    assert sheet.shape == (3 * cell + 4 + 16, 3 * cell + 4, 3)
+    for column, shift in enumerate((0.0, 0.05, 0.1)):
+        for row in range(3):
+            top, left = 20 + row * cell, 4 + column * cell
+            tile = sheet[top : top + 128, left : left + 128]
+            expected = ((values[row] + shift) * 255).round().clamp(0, 255).int().tolist()
+            np.testing.assert_allclose(tile, np.broadcast_to(expected, tile.shape), atol=1)
+    header = sheet[:16]
+    for column in range(3):
+        assert (header[:, 4 + column * cell : 132 + column * cell] < 128).any(), "a label"
+
+
+def test_reconstruction_shapes_must_agree(tmp_path):
+    x = torch.zeros(2, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"masked, predicted and true must be one shape"):
+        save_reconstructions(tmp_path / "r.png", x, x[:1], x, mean=(0,) * 3, std=(1,) * 3)
