@@ -94,10 +94,11 @@ FASTSSL_INLINE void prefetch(const char* from, int64_t bytes) {
 
 // The rows of a patch lie an image's width apart, where the hardware does not look ahead.
 FASTSSL_INLINE void prefetch_patch(const char* from, const Patches& g) {
+  if (g.sw != 1) return;
   for (int64_t c = 0; c < g.C; ++c) {
     for (int64_t t = 0; t < g.pt; ++t) {
       for (int64_t y = 0; y < g.ph; ++y) {
-        prefetch(from + (c * g.sc + t * g.st + y * g.sh) * g.item, g.pw * g.sw * g.item);
+        prefetch(from + (c * g.sc + t * g.st + y * g.sh) * g.item, g.pw * g.item);
       }
     }
   }

@@ -191,6 +191,15 @@ def test_an_empty_mask_gives_zeros(backend, norm, poisoned_memory):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_batch_gives_zero(backend):
+    inputs = (torch.zeros(0, 4, 48), torch.zeros(0, 3, 8, 8), torch.zeros(0, 4))
+    inputs = [value.to(device_of(backend)) for value in inputs]
+    loss, (dpred,) = pred_gradients(run(4, backend), inputs)
+    assert loss.item() == 0
+    assert dpred.shape == (0, 4, 48)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_tokens_outside_the_loss_are_not_read(backend, poisoned_memory):
     pred, images, _ = make_inputs((1, 3, 8, 8), (4, 4), device=device_of(backend))
     mask = torch.tensor([[1, 0, 1, 1]], device=pred.device)
