@@ -54,7 +54,7 @@ def sdist(tmp_path_factory) -> Path:
     return build("sdist", checkout, tmp_path_factory.mktemp("sdist"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture  # anew for each test: setuptools takes up what an earlier build left in it
 def unpacked(sdist, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("unpacked")
     with tarfile.open(sdist) as archive:
