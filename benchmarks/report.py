@@ -42,7 +42,7 @@ def table(rows: Sequence[Row]) -> str:
             parts.append(_steps_table(steps))
         if ops:
             parts.append(_ops_table(ops))
-    return "\n\n".join(parts) + "\n"
+    return "".join(f"{part}\n\n" for part in parts).removesuffix("\n")
 
 
 def update_readme(rows: Sequence[Row], readme: Path, check: bool = False) -> bool:

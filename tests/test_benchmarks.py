@@ -168,6 +168,7 @@ def test_table_from_rows():
         "| `op/float32` forward | B=64 | cpp | 1 (0.9, 1.25) | 4.00x | 3.00x |  | 80% | 0.1, 2.5 |"
     ) in text
     assert "| `mae_step/step` | B=64, float32 | 12 | 8 | 1.50x | 16 |  |  | 25% |" in text
+    assert report.table([]) == ""
     other = make_row("op/float32", machine={"cpu": "B", "cores": 4, "threads": 4, "gpu": "A GPU"})
     assert report.table([make_row("op/float32"), other]).count("commit abc") == 2
 

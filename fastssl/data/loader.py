@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import ctypes
+import multiprocessing
+import os
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -117,13 +122,16 @@ class Loader:
         self.device = torch.device(device)
         self.mean, self.std = dataset.mean, dataset.std
         self.skipped: dict[str, str] = {}
+        self._done = multiprocessing.RawValue(ctypes.c_bool, False)
+        # Registered after multiprocessing's own, which terminates the workers, it comes before it.
+        atexit.register(setattr, self._done, "value", True)
         self._loader = DataLoader(
             dataset,
             batch_size=None,
             sampler=requests,
             num_workers=num_workers,
             collate_fn=_as_it_is,
-            worker_init_fn=_start_worker,
+            worker_init_fn=partial(_start_worker, done=self._done),
             pin_memory=self.device.type == "cuda",
             # The global generator stays where it is: a resumed run must find it there.
             generator=torch.Generator(),
@@ -133,24 +141,28 @@ class Loader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._loader:
-            self.skipped.update(batch.skipped or {})
-            # Pixels travel as bytes, a quarter of the floats, to the main process and the GPU.
-            batch = batch.to(self.device, non_blocking=True)
-            yield replace(batch, images=normalize(batch.images, self.mean, self.std))
+        self._done.value = False
+        try:
+            for batch in self._loader:
+                self.skipped.update(batch.skipped or {})
+                # Pixels travel as bytes, a quarter of the floats, to this process and the GPU.
+                batch = batch.to(self.device, non_blocking=True)
+                yield replace(batch, images=normalize(batch.images, self.mean, self.std))
+        finally:
+            self._done.value = True
 
 
 def _as_it_is(batch: Batch) -> Batch:
     return batch
 
 
-def _start_worker(worker_id: int) -> None:
+def _start_worker(worker_id: int, *, done: ctypes.c_bool) -> None:
     # More would compete with the other workers and with training for the same cores.
     torch.set_num_threads(1)
     # Ctrl-C, torchrun and schedulers signal every process. The main one decides: it still needs
-    # batches to finish its step.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    # batches to finish its step. Once it is done it must be obeyed, or it would wait for ever.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if done.value else None)
 
 
 def build_loader(

@@ -1,5 +1,11 @@
 """Batches: the same global order for any number of ranks, micro-batches, workers and restarts."""
 
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -201,6 +207,40 @@ def test_held_out_halves_stay_out(tmp_path):
     index = torch.cat([b.index for b in batches])
     assert (images[index == 1] == 0).all()
     assert (images[index == 0] == 1).any()
+
+
+def test_a_program_that_fails_with_workers_under_way_ends(folder):
+    code = f"""
+import sys
+from fastssl.data.crops import PretrainingCrops
+from fastssl.data.folder import ImageFiles
+from fastssl.data.loader import build_loader
+from fastssl.data.transforms import RandomResizedCrop
+files = ImageFiles({str(folder)!r}, ["00.png", "01.png"])
+dataset = PretrainingCrops(files, RandomResizedCrop((8, 8)))
+batches = iter(build_loader(dataset, global_batch_size=2, num_steps=1000, num_workers=2))
+next(batches)
+sys.modules["kept until the very end"] = batches
+raise ValueError("training failed")
+"""
+    program = [sys.executable, "-c", code]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "training failed" in done.stderr
+
+
+def test_workers_outlive_a_signal_to_every_process(folder):
+    """As Ctrl-C and schedulers send it."""
+    before = set(multiprocessing.active_children())
+    loader = build_loader(dataset_of(folder), global_batch_size=2, num_steps=30, num_workers=1)
+    batches = iter(loader)
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()) - before
+    kill = "import os, sys; [os.kill(int(sys.argv[1]), int(n)) for n in sys.argv[2:]]"
+    signals = [str(int(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    subprocess.run([sys.executable, "-c", kill, str(worker.pid), *signals], check=True)
+    assert len(list(batches)) == 29
+    worker.join(20)
+    assert worker.exitcode == 0
 
 
 def test_workers_have_one_thread(folder):
