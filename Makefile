@@ -41,10 +41,19 @@ bench: $(VENV)/test ## every benchmark case on the CPU, into benchmarks/results/
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info fastssl/kernels/*.so
 
+# Another Python or torch is another environment.
+$(VENV)/asked: FORCE
+	@mkdir -p $(VENV)
+	@echo '$(PYTHON) $(TORCH)' | cmp -s - $@ || echo '$(PYTHON) $(TORCH)' > $@
+
+.PHONY: FORCE
+FORCE:
+
 # The project is built without isolation, against the torch that it will run with.
-$(VENV)/base:
+$(VENV)/base: $(VENV)/asked
 	@$(PYTHON) -c 'import sys; sys.exit(f"fastssl needs Python 3.11 or newer, {sys.executable} is " + sys.version.split()[0] + ": make PYTHON=...") if sys.version_info < (3, 11) else None'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
+	@echo '$(PYTHON) $(TORCH)' > $(VENV)/asked
 	$(BIN)/pip install --quiet "setuptools>=77" wheel numpy "$(TORCH)"
 	@touch $@
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from fastssl import distributed
 from fastssl.distributed import World
@@ -65,6 +68,30 @@ def images(tmp_path_factory):
 
 
 WORLDS = [2, pytest.param(4, marks=pytest.mark.slow)]
+
+
+def ddp_gradients(config, rank, world_size):
+    """Gradients of this rank's slice of the first global batch, under torch's own DDP if any."""
+    alone = World(rank=0, size=1, device=torch.device("cpu"))
+    train_set, _ = setup.datasets(config)
+    method, _ = setup.method_and_optimizer(config, alone)
+    batch = next(iter(setup.loader(config, train_set, alone, 0)))
+    parts = [tensor.chunk(world_size)[rank] for tensor in (batch.images, batch.index)]
+    batch = replace(batch, images=parts[0], index=parts[1], labels=None)
+    model = method if world_size == 1 else DistributedDataParallel(method)
+    model(batch)["loss"].backward()
+    return {name: p.grad for name, p in method.named_parameters() if p.requires_grad}
+
+
+def gradients_of_ddp(config):
+    return ddp_gradients(config, dist.get_rank(), dist.get_world_size())
+
+
+def test_gradients_under_ddp_are_those_of_one_process(gloo_pool, images, tmp_path):
+    config = tiny_config(images, tmp_path)
+    expected = ddp_gradients(config, 0, 1)
+    for gradients in gloo_pool.run(gradients_of_ddp, 2, config):
+        torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <optional>
 
+#include "indices.h"
+#include "pages.h"
 #include "simd.h"
 
 namespace fastssl {
@@ -23,11 +25,13 @@ template <class T, class O, class I>
 void forward(const Tensor& x, const Tensor& mask_token, const Tensor& ids_restore,
              const std::optional<Tensor>& pos, int64_t P, Tensor& out) {
   const int64_t B = x.size(0), K = x.size(1) - P, D = x.size(2), N = ids_restore.size(1);
+  check_indices<I>(ids_restore, "ids_restore", N);
   const T* x_ptr = input<T>(x);
   const float* mask_ptr = input<float>(mask_token);
   const I* ids_ptr = input<I>(ids_restore);
   const float* pos_ptr = pos.has_value() ? input<float>(*pos) : nullptr;
   O* out_ptr = output<O>(out);
+  prefer_huge_pages(out_ptr, out.numel() * sizeof(O));
   parallel(B * (P + N), grain_rows(D), [&](int64_t begin, int64_t end) FASTSSL_LAMBDA {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t b = row / (P + N), o = row % (P + N);
@@ -57,6 +61,7 @@ template <class T, class O, class I>
 void backward(const Tensor& dout, const Tensor& ids_restore, int64_t P, Tensor& dx,
               const std::optional<Tensor>& partial, const std::optional<Tensor>& dpos) {
   const int64_t B = dx.size(0), K = dx.size(1) - P, D = dx.size(2), N = ids_restore.size(1);
+  check_indices<I>(ids_restore, "ids_restore", N);
   const O* dout_ptr = input<O>(dout);
   const I* ids_ptr = input<I>(ids_restore);
   T* dx_ptr = output<T>(dx);

@@ -19,6 +19,7 @@ class Method(nn.Module):
     method.after_step()               # once, whatever the number of micro-batches
     """
 
+    model: nn.Module  # what `load_pretrained` fills and a run's weights.pth holds
     # Names in the configuration's `schedules`, beyond lr and weight_decay, that it asks for.
     schedules: ClassVar[tuple[str, ...]] = ()
 

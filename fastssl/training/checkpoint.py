@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim import Optimizer
 
 from fastssl import distributed
@@ -115,8 +116,37 @@ def save(
     rank = dist.get_rank() if dist.is_initialized() else 0
     _write_json(writing / f"rank_{rank}.json", rng_state())
     distributed.barrier()
-    distributed.on_main(lambda: _publish(writing, final, step, position, keep))
+    state = {"step": step, "position": position, "model": _shapes(method.state_dict())}
+    distributed.on_main(lambda: _publish(writing, final, state, keep))
     return final
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    """Write {"model": whole tensors on the CPU}, which `load_pretrained` reads; all ranks call."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)
+    distributed.on_main(lambda: _write_weights(path, weights))
+
+
+def _write_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
+    writing = path.with_suffix(".writing")
+    torch.save({"model": weights}, writing)
+    writing.rename(path)
+
+
+def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _check_model(path: Path, saved: dict[str, list[int]], ours: dict[str, list[int]]) -> None:
+    """torch.distributed.checkpoint says nothing of tensors that only the checkpoint has."""
+    for name in saved | ours:
+        if saved.get(name) != ours.get(name):
+            was, is_now = (shapes.get(name, "no such tensor") for shapes in (saved, ours))
+            raise ValueError(
+                f"the model does not fit the checkpoint {path}: {name} is {was} there, "
+                f"{is_now} in the model"
+            )
 
 
 def restore(
@@ -138,6 +168,7 @@ def restore(
                 f"{key} must be {state['position'].get(key)} to resume {path}, got {value}"
             )
     tensors = _tensors(method, optimizer)
+    _check_model(path, state["model"], _shapes(tensors["model"]))
     try:
         with _alone_is_fine():
             dcp.load(tensors, checkpoint_id=path)
@@ -184,9 +215,9 @@ def _write_json(path: Path, value: Any) -> None:
         os.fsync(file.fileno())
 
 
-def _publish(writing: Path, final: Path, step: int, position: dict[str, Any], keep: int) -> None:
+def _publish(writing: Path, final: Path, state: dict[str, Any], keep: int) -> None:
     """Give a written checkpoint its name, then let go of the old ones."""
-    _write_json(writing / "state.json", {"step": step, "position": position})
+    _write_json(writing / "state.json", state)
     _sync(writing)
     if final.exists():
         shutil.rmtree(final)

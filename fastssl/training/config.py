@@ -212,6 +212,9 @@ def load(recipe: str = DEFAULT_RECIPE, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(content, DictConfig):
         raise ValueError(f"{path} must hold keys and values, got {type(content).__name__}")
     _update(config, OmegaConf.to_container(content))
+    if path.name == "config.yaml" and config.name == path.absolute().parent.name:
+        # The file of a run means that run, wherever it is named from.
+        config.out = str(path.absolute().parent.parent)
     for override in overrides:
         name, equals, _ = override.partition("=")
         if not equals or not name:
@@ -272,6 +275,15 @@ def check(config: Config) -> None:
         raise ValueError(
             f"views.image_size must be a positive int or [height, width], got {views.image_size!r}"
         )
+    for name, value in (
+        ("train.steps", train.steps),
+        ("loader.num_workers", config.loader.num_workers),
+        ("eval.every", config.eval.every),
+        ("eval.max_images", config.eval.max_images),
+        ("checkpoint.every", config.checkpoint.every),
+    ):
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, got {value}")
     at_least_one = {
         "train.global_batch_size": train.global_batch_size,
         "train.accumulation": train.accumulation,
@@ -279,6 +291,9 @@ def check(config: Config) -> None:
         "checkpoint.keep": config.checkpoint.keep,
         "eval.batch_size": config.eval.batch_size,
         "eval.pictures": config.eval.pictures,
+        "eval.crops": config.eval.crops,
+        "optim.lr_reference_batch": config.optim.lr_reference_batch,
+        "views.crops_per_image": 1 if views.crops_per_image is None else views.crops_per_image,
     }
     for name, value in at_least_one.items():
         if value < 1:
@@ -297,13 +312,22 @@ def check(config: Config) -> None:
     ):
         if len(value) != length:
             raise ValueError(f"{name} must have {length} values, got {value}")
+    for name, value in (
+        ("views.scale", views.scale),
+        ("views.ratio", views.ratio),
+        ("eval.scale", config.eval.scale),
+    ):
+        if not 0 < value[0] <= value[1]:
+            raise ValueError(f"{name} must be [min, max] with 0 < min <= max, got {value}")
+    if min(views.std) <= 0:
+        raise ValueError(f"views.std must be positive, got {views.std}")
     if not config.name or Path(config.name).name != config.name or config.name in (".", ".."):
         raise ValueError(f"name must be the name of a folder, got {config.name!r}")
 
 
 def dump(config: Config) -> str:
-    """YAML that `load` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """YAML that `load` reads back, without the wish to overwrite: that was for this once."""
+    return OmegaConf.to_yaml(OmegaConf.structured(dataclasses.replace(config, overwrite=False)))
 
 
 def describe() -> str:

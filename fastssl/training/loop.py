@@ -19,7 +19,7 @@ from fastssl.training import checkpoint, messages, setup
 from fastssl.training.config import Config, check
 from fastssl.training.metrics import Clock, Log, Meter, NonFiniteError, peak_memory_mb
 from fastssl.training.report import read_metrics, save_reconstructions, write_report
-from fastssl.training.run import open_run, stop_on_signal
+from fastssl.training.run import keep_config, open_run, stop_on_signal
 
 
 def train(config: Config, *, resume: bool = False) -> Path:
@@ -62,9 +62,12 @@ class Run:
         setup.micro_batch_size(config, world)
         self.train_set, self.eval_sets = setup.datasets(config)
         self.method, self.optimizer = setup.method_and_optimizer(config, world)
+        self.example = setup.example_batch(config, self.train_set, self.eval_sets, world.device)
         # Not before the rest of the configuration has proved good: it may delete an older run.
         self.folder = open_run(config, resume=resume)
         self.step = self.saved_step = self.recorded_step = self._restore()
+        # Nor before the checkpoint has been found to fit: the old one could not be resumed then.
+        keep_config(config, self.folder)
         self.loader = setup.loader(config, self.train_set, world, self.step)
         self.log = Log(
             self.folder,
@@ -74,7 +77,6 @@ class Run:
             tensorboard=config.log.tensorboard,
         )
         self.evaluated = distributed.on_main(self._evaluated_steps)
-        self.example = setup.example_batch(config, self.train_set, self.eval_sets, world.device)
         data = self.train_set.describe()
         self.log.say(messages.introduction(config, world, self.method, data, self.step))
         self.batches = iter(self.loader)
@@ -172,13 +174,17 @@ class Run:
         self.evaluated.add(self.step)
 
     def finish(self) -> None:
-        """The report, and what came out, or how to go on."""
-        skipped: dict[str, str] = {}
-        for of_rank in distributed.gather(self.loader.skipped):
-            skipped |= of_rank
+        """Weights, the report, and what came out, or how to go on."""
+        checkpoint.save_weights(self.folder / "weights.pth", self.method.model)
+        of_ranks = distributed.gather(self.loader.skipped)
         if not self.world.is_main:
             return
-        (self.folder / "skipped.json").write_text(json.dumps(skipped, indent=1), encoding="utf-8")
+        file = self.folder / "skipped.json"
+        # A run that goes on keeps what it had met before.
+        skipped = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        for of_rank in of_ranks:
+            skipped |= of_rank
+        file.write_text(json.dumps(skipped, indent=1), encoding="utf-8")
         write_report(self.folder)
         lines = read_metrics(self.folder / "metrics.jsonl")
         print(messages.summary(self.config, self.folder, self.step, *lines, skipped), flush=True)

@@ -15,7 +15,7 @@ from fastssl.training.config import Config, dump
 
 
 def open_run(config: Config, *, resume: bool) -> Path:
-    """The run's folder, made if need be, with config.yaml in it.
+    """The run's folder, made if need be; `keep_config` makes it a run.
 
     Raises:
         FileExistsError: there is such a run and neither `resume` nor config.overwrite.
@@ -37,7 +37,12 @@ def _open(folder: Path, config: Config, resume: bool) -> None:
             )
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
+
+
+def keep_config(config: Config, folder: Path) -> None:
+    """Write the resolved configuration into the run's folder."""
+    text = dump(config)
+    distributed.on_main(lambda: (folder / "config.yaml").write_text(text, encoding="utf-8"))
 
 
 class StopRequest:

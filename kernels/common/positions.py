@@ -9,7 +9,7 @@ def with_prefix_rows(
 ) -> Tensor:  # [P + N, D]
     """`pos` [N, D] or [P + N, D], leading ones allowed, with zeros for prefixes without a row."""
     expected = {num_tokens, num_prefix_tokens + num_tokens}
-    rows = pos.numel() // dim
+    rows = pos.numel() // max(1, dim)
     if pos.dim() < 2 or pos.shape[-1] != dim or pos.shape[-2] != rows or rows not in expected:
         sizes = " or ".join(f"[{size}, {dim}]" for size in sorted(expected))
         raise ValueError(

@@ -38,6 +38,20 @@ def masked_scatter(
     num_prefix_tokens: int = 0,
     backend: str | None = None,
 ) -> Tensor:  # [B, P + N, D]
+    """The decoder's input of a masked autoencoder (He et al. 2021, arXiv 2111.06377).
+
+    Prefix tokens (class token, registers) pass through; token n of image b is visible token
+    r = ids_restore[b, n] where r < K, else the mask token; `pos` is added to all of them, to the
+    prefix only where it has rows for it. Each row of ids_restore must be a permutation of
+    0 .. N-1, as `random_masking` gives it: with a number twice, some row of the gradient of x is
+    undefined. mask_token and pos may have leading dimensions of 1.
+
+    The result has the widest dtype of the three. Gradients reach x, mask_token and pos; only
+    ids_restore is saved for them.
+
+    Raises ValueError or TypeError for arguments that do not fit, naming them; numbers outside
+    0 .. N-1 are a RuntimeError on the CPU and undefined on a GPU.
+    """
     check_int("num_prefix_tokens", num_prefix_tokens, 0)
     check_tensor("x", x, dim=3)
     device, dim = x.device, x.shape[2]

@@ -164,3 +164,12 @@ def test_bad_input_is_named(message):
     with pytest.raises((TypeError, ValueError)) as error:
         F.masked_scatter(**{**good, **BAD[message]})
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("wrong", [-1, 5, 2**30])
+def test_cpp_refuses_indices_out_of_range(wrong, dtype):
+    ids_restore = torch.arange(5, dtype=dtype).repeat(2, 1)
+    ids_restore[1, 3] = wrong
+    with pytest.raises(RuntimeError, match=f"ids_restore must lie in 0 .. 4, got {wrong}"):
+        F.masked_scatter(torch.zeros(2, 4, 8), torch.zeros(8), ids_restore, backend="cpp")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -255,9 +257,10 @@ def test_an_existing_run_is_not_touched(images, tmp_path):
 
 def test_overwrite_starts_anew_but_not_before_the_configuration_is_good(images, tmp_path):
     folder = train(tiny_config(images, tmp_path, "train.steps=2"))
-    for bad in (["data=/nowhere"], ["model.args.nothing=1"], ["train.accumulation=3"]):
+    bads = ["data=/nowhere", "model.args.nothing=1", "train.accumulation=3", "train.steps=-1"]
+    for bad in (*bads, "loader.num_workers=-1", "eval.crops=0", "optim.lr_reference_batch=0"):
         with pytest.raises(ValueError):
-            train(tiny_config(images, tmp_path, "overwrite=true", *bad))
+            train(tiny_config(images, tmp_path, "overwrite=true", bad))
     assert len(lines_of(folder)) == 2
     train(tiny_config(images, tmp_path, "overwrite=true", "train.steps=1", "checkpoint.every=0"))
     assert len(lines_of(folder)) == 1
@@ -283,6 +286,38 @@ def test_resume_with_another_batch_is_refused(images, tmp_path):
     train(tiny_config(images, tmp_path, "train.steps=2"))
     with pytest.raises(ValueError, match=r"train.global_batch_size must be 8 to resume .* got 4"):
         train(tiny_config(images, tmp_path, "train.global_batch_size=4"), resume=True)
+
+
+def test_a_resume_that_is_refused_changes_nothing(images, tmp_path):
+    folder = train(tiny_config(images, tmp_path, "train.steps=2"))
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    for other in ("seed=5", "model.args.depth=1", "model.args.depth=3"):
+        with pytest.raises(ValueError, match=r"to resume|does not fit the checkpoint"):
+            train(tiny_config(images, tmp_path, "train.steps=4", other), resume=True)
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_the_configuration_of_a_run_means_that_run_from_anywhere(images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = train(tiny_config(images, Path("runs"), "train.steps=2", "overwrite=true"))
+    assert folder == Path("runs/tiny")
+    monkeypatch.chdir(tmp_path / "runs" / "tiny")
+    config = load("config.yaml", ["train.steps=3"])
+    assert not config.overwrite
+    train(config, resume=True)
+    assert [line["step"] for line in lines_of(tmp_path / "runs/tiny")] == [1, 2, 3]
+
+
+def test_broken_files_are_still_known_after_a_resume(images, tmp_path):
+    mine = tmp_path / "images"
+    shutil.copytree(images, mine)
+    (mine / "broken.png").write_text("no image")
+    config = tiny_config(mine, tmp_path, "train.steps=3")
+    folder = train(config)
+    skipped = (folder / "skipped.json").read_text()
+    assert "broken.png" in skipped
+    train(config, resume=True)
+    assert (folder / "skipped.json").read_text() == skipped
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -327,17 +362,11 @@ def test_a_second_signal_ends_a_process_alone_at_once(images, tmp_path, monkeypa
 
 def test_weights_to_start_from_are_loaded(images, tmp_path):
     source = train(tiny_config(images, tmp_path, "name=source", "train.steps=2"))
-    tensors = saved_tensors(source / "checkpoints/step_00000002")
-    weights = {
-        name.removeprefix("model.model."): tensor
-        for name, tensor in tensors.items()
-        if name.startswith("model.")
-    }
-    torch.save({"model": weights}, tmp_path / "released.pth")
-    config = tiny_config(
-        images, tmp_path, "seed=3", "train.steps=0", f"model.weights={tmp_path / 'released.pth'}"
-    )
+    weights = source / "weights.pth"
+    config = tiny_config(images, tmp_path, "seed=3", "train.steps=0", f"model.weights={weights}")
     folder = train(config)
+    kept, loaded = (torch.load(path / "weights.pth")["model"] for path in (source, folder))
+    assert_same_tensors(kept, loaded)
     assert checkpoint.complete(folder / "checkpoints") == []
     assert lines_of(folder, "eval")[0]["rankme"] == lines_of(source, "eval")[-1]["rankme"]
 
