@@ -1,7 +1,6 @@
 """Batches: the same global order for any number of ranks, micro-batches, workers and restarts."""
 
 import multiprocessing
-import os
 import signal
 import subprocess
 import sys
