@@ -113,9 +113,10 @@ def op_case(
 
 def all_cases(quick: bool = False) -> list[Case]:
     """Every case; `quick` ones are small and only show that everything runs."""
-    from benchmarks import cases_masking, cases_steps
+    from benchmarks import cases_dino, cases_masking, cases_sinkhorn, cases_steps
 
-    return [*cases_masking.cases(quick), *cases_steps.cases(quick)]
+    modules = (cases_masking, cases_dino, cases_sinkhorn, cases_steps)
+    return [case for module in modules for case in module.cases(quick)]
 
 
 def select(names: list[str], quick: bool = False) -> list[Case]:

@@ -11,12 +11,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastssl.kernels.common.checks import check_shape, check_tensor
+from fastssl.kernels.dino_cross_entropy import dino_cross_entropy
 from fastssl.kernels.keyed_uniform import keyed_uniform
+from fastssl.kernels.linear_dino_cross_entropy import linear_dino_cross_entropy
 from fastssl.kernels.masked_gather import masked_gather
 from fastssl.kernels.masked_patch_mse import masked_patch_mse
 from fastssl.kernels.masked_scatter import masked_scatter
 from fastssl.kernels.masked_unfold import masked_unfold
 from fastssl.kernels.random_masking import random_masking
+from fastssl.kernels.sinkhorn_knopp import sinkhorn_knopp
 
 # What a keyed random number is for: each use draws from a stream of its own.
 STREAM_MASK, STREAM_CROP, STREAM_SHUFFLE, STREAM_EVAL = range(4)
@@ -26,13 +29,16 @@ __all__ = [
     "STREAM_EVAL",
     "STREAM_MASK",
     "STREAM_SHUFFLE",
+    "dino_cross_entropy",
     "keyed_uniform",
+    "linear_dino_cross_entropy",
     "masked_gather",
     "masked_patch_embed",
     "masked_patch_mse",
     "masked_scatter",
     "masked_unfold",
     "random_masking",
+    "sinkhorn_knopp",
 ]
 
 

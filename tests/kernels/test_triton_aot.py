@@ -14,7 +14,14 @@ pytest.importorskip("triton")
 TABLE = Path(__file__).parent / "triton_resources.json"
 REPOSITORY = Path(__file__).parents[2]
 # Kernels that may use stack or local memory, with the reason.
-SPILLS_ALLOWED: dict[str, str] = {}
+_FEWER_REGISTERS = (
+    "ptxas parks 8 to 24 bytes to fit a number of registers that lets more blocks run; for which "
+    "variant and architecture differs between Triton 3.6 and 3.9"
+)
+SPILLS_ALLOWED: dict[str, str] = {
+    f"view_cross_entropy_parts_kernel[{variant}]": _FEWER_REGISTERS
+    for variant in ("views", "scaled_views", "scaled_masked")
+}
 
 
 def test_resources_stay_within_the_committed_table():
