@@ -113,9 +113,9 @@ def op_case(
 
 def all_cases(quick: bool = False) -> list[Case]:
     """Every case; `quick` ones are small and only show that everything runs."""
-    from benchmarks import cases_dino, cases_masking, cases_sinkhorn, cases_steps
+    from benchmarks import cases_dino, cases_masking, cases_optim, cases_sinkhorn, cases_steps
 
-    modules = (cases_masking, cases_dino, cases_sinkhorn, cases_steps)
+    modules = (cases_masking, cases_dino, cases_sinkhorn, cases_optim, cases_steps)
     return [case for module in modules for case in module.cases(quick)]
 
 

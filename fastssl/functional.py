@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fastssl.kernels.common.checks import check_shape, check_tensor
 from fastssl.kernels.dino_cross_entropy import dino_cross_entropy
+from fastssl.kernels.ema_update import ema_update
 from fastssl.kernels.keyed_uniform import keyed_uniform
 from fastssl.kernels.linear_dino_cross_entropy import linear_dino_cross_entropy
 from fastssl.kernels.masked_gather import masked_gather
@@ -30,6 +31,7 @@ __all__ = [
     "STREAM_MASK",
     "STREAM_SHUFFLE",
     "dino_cross_entropy",
+    "ema_update",
     "keyed_uniform",
     "linear_dino_cross_entropy",
     "masked_gather",

@@ -67,8 +67,17 @@ class MethodConfig:
 
 @dataclass
 class OptimConfig:
-    betas: list[float] = option([0.9, 0.95], "AdamW's decay rates of the two moments")
-    eps: float = option(1e-8, "AdamW's term in the denominator")
+    name: str = option(
+        "adamw",
+        "adamw; lars and lamb adapt the rate of every matrix to its norm",
+        choices=("adamw", "lars", "lamb"),
+    )
+    betas: list[float] = option([0.9, 0.95], "decay rates of AdamW's and LAMB's two moments")
+    eps: float = option(1e-8, "AdamW's and LAMB's term in the denominator")
+    momentum: float = option(0.9, "LARS's share of the last step in the next")
+    trust_coefficient: float = option(
+        0.001, "LARS's step of a matrix / its norm, at a learning rate of 1"
+    )
     lr_scaling: str = option(
         "linear", "how the learning rate grows with the global batch", choices=SCALINGS
     )

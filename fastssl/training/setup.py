@@ -16,7 +16,7 @@ from fastssl.data.loader import Loader, build_loader
 from fastssl.distributed import World
 from fastssl.methods import Method, build_method
 from fastssl.models import load_pretrained
-from fastssl.optim import build_adamw, scale_lr
+from fastssl.optim import build_adamw, build_lamb, build_lars, scale_lr
 from fastssl.training.config import Config
 
 # What may be called from outside a sharded method, besides forward.
@@ -118,16 +118,25 @@ def method_and_optimizer(config: Config, world: World) -> tuple[Method, Optimize
             module.compile()
     if world.size > 1:
         distributed.shard(method, world, FORWARD_METHODS)
-    optimizer = build_adamw(
-        method,
-        betas=config.optim.betas,
-        eps=config.optim.eps,
-        layer_decay=config.optim.layer_decay,
-    )
+    optimizer = _optimizer(config, method)
     _check_schedules(config, method, optimizer)
     # What still draws from the global generators (stochastic depth) differs between ranks.
     _seed(config.seed + 1 + world.rank)
     return method, optimizer
+
+
+def _optimizer(config: Config, method: Method) -> Optimizer:
+    """The optimizer that config.optim names, on the method's parameters as they are sharded."""
+    optim = config.optim
+    if optim.name == "lars":
+        return build_lars(
+            method,
+            momentum=optim.momentum,
+            trust_coefficient=optim.trust_coefficient,
+            layer_decay=optim.layer_decay,
+        )
+    build = build_lamb if optim.name == "lamb" else build_adamw
+    return build(method, betas=optim.betas, eps=optim.eps, layer_decay=optim.layer_decay)
 
 
 def scheduled(config: Config, step: int) -> dict[str, float]:

@@ -19,6 +19,11 @@ def device_properties(device: torch.device) -> DeviceProperties:
     return DeviceProperties(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def batch_slices(batch: int, programs_per_slice: int, num_processors: int) -> int:
+    """Slices of the batch that give every processor about four programs."""
+    return max(1, min(batch, 4 * num_processors // max(1, programs_per_slice)))
+
+
 @dataclass(frozen=True)
 class AotCase:
     """One compilation at production sizes, for machines that have no GPU.

@@ -17,7 +17,7 @@ Bytes, with e per element of x and o per element of out: forward reads B(P+K)De 
 B(P+K)Do; backward reads B(P+K)Do and writes B(P+N)De. Saved for backward: ids_restore if it was
 given, else ids_keep. Peak extra memory: backward holds the int32 inverse [B, N] where ids_restore
 was not given, and (P+N)D float32 of dpos where it is wanted (times the number of batch slices on
-a GPU, `triton_kernel.batch_slices`).
+a GPU, `triton_utils.batch_slices`).
 """
 
 from fastssl.kernels.masked_gather.op import masked_gather

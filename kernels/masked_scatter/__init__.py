@@ -14,7 +14,7 @@ tokens, dpos the sum over images; all three come from one pass over dout.
 Bytes, with e per element of x and o per element of out: forward reads B(P+K)De and writes
 B(P+N)Do, backward the reverse. Saved for backward: ids_restore alone. Peak extra memory: backward
 holds (P+N)D float32 partial sums of dmask_token, and as many of dpos where it is wanted (times the
-number of batch slices on a GPU, `triton_kernel.batch_slices`).
+number of batch slices on a GPU, `triton_utils.batch_slices`).
 """
 
 from fastssl.kernels.masked_scatter.op import masked_scatter

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastssl.kernels.common.triton_utils import AotCase, device_properties
+from fastssl.kernels.common.triton_utils import AotCase, batch_slices, device_properties
 
 
 @dataclass(frozen=True)
@@ -142,11 +142,6 @@ def masked_scatter_fwd(
         BLOCK_D=block_d,
         num_warps=CONFIG.num_warps,
     )
-
-
-def batch_slices(batch: int, programs_per_slice: int, num_processors: int) -> int:
-    """Slices of the batch that give every processor about four programs."""
-    return max(1, min(batch, 4 * num_processors // max(1, programs_per_slice)))
 
 
 def masked_scatter_bwd(
