@@ -2,6 +2,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+# Threads that wait give up their core sooner: where others use it, training is many times faster.
+GOMP_SPINCOUNT ?= 10000
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
 
@@ -12,7 +14,7 @@ help: ## list these words
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 train: $(VENV)/train ## set up, then pretrain on bundled photographs: runs/photos/report.html
-	$(BIN)/fastssl-train photos overwrite=true
+	GOMP_SPINCOUNT=$(GOMP_SPINCOUNT) $(BIN)/fastssl-train photos overwrite=true
 
 test: $(VENV)/test ## set up, then the CPU test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
