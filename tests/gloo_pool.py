@@ -12,6 +12,7 @@ Workers are started once and keep torch imported; each call gets a process group
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -30,6 +31,7 @@ def _serve(connection: Connection) -> None:
     import torch
     import torch.distributed as dist
 
+    faulthandler.enable()
     torch.set_num_threads(1)
     while True:
         try:
@@ -96,7 +98,9 @@ class GlooPool:
                 try:
                     ok, results[rank] = pickle.loads(connection.recv_bytes())
                 except EOFError:
-                    ok, results[rank] = False, "the worker died"
+                    worker, _ = self._workers[rank]
+                    worker.join(5)
+                    ok, results[rank] = False, f"the worker died, exit code {worker.exitcode}"
                 if not ok:
                     # The other ranks may wait for this one in a collective: start anew.
                     self.close()

@@ -356,8 +356,13 @@ def test_a_second_signal_ends_a_process_alone_at_once(images, tmp_path, monkeypa
         os.kill(os.getpid(), signal.SIGINT)
 
     interrupt(monkeypatch, 2, twice)
-    with pytest.raises(KeyboardInterrupt):
-        train(tiny_config(images, tmp_path))
+    # A shell lets what it starts in the background ignore SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_config(images, tmp_path))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_weights_to_start_from_are_loaded(images, tmp_path):
