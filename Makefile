@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all test-gpu lint format bench clean
+.PHONY: help train test test-all test-gpu lint format bench bench-gpu clean
 
 help: ## list these words
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,10 @@ format: $(VENV)/lint ## rewrite files in the project's format
 
 bench: $(VENV)/test ## every benchmark case on the CPU, into benchmarks/results/local.json
 	$(BIN)/python -m benchmarks run --device cpu --json benchmarks/results/local.json
+
+bench-gpu: ## every benchmark case on the GPU within 10 minutes: benchmarks/results/<gpu>.json and .md
+	$(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m benchmarks run --device cuda --minutes 8 --json benchmarks/results --table
 
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info fastssl/kernels/*.so

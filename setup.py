@@ -32,10 +32,17 @@ COMPILE_FLAGS = [
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
 ]
 
+NVCC_FLAGS = [
+    *("-std=c++17", "-O3", "-DUSE_CUDA", COMPILE_FLAGS[-1], "-cudart", "static"),
+    *("-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "0"),
+]
+CPU, CUDA = "fastssl.kernels._cpu", "fastssl.kernels._cuda"
+
 
 class BuildLibraries(build_ext):
-    """Builds fastssl/kernels/_cpu.so: a plain shared library on libtorch's stable ABI, without
-    Python's or ATen's headers, so that one binary serves every Python and every torch >= 2.11.
+    """Builds fastssl/kernels/_cpu.so and _cuda.so: plain shared libraries on libtorch's stable ABI,
+    without Python's or ATen's headers, so that one binary serves every Python and every
+    torch >= 2.11.
 
     No compiler or no torch in the build environment: no library, and still an installation.
     """
@@ -46,37 +53,56 @@ class BuildLibraries(build_ext):
     def get_export_symbols(self, ext: Extension) -> list[str]:
         return []
 
-    def run(self) -> None:
-        try:
-            super().run()
-        except (ImportError, OSError, subprocess.CalledProcessError) as error:
-            if env.require_cpp():
-                raise
-            print(f"fastssl: installing without the CPU library: {error}", file=sys.stderr)
-            self.extensions = []
+    def build_extensions(self) -> None:
+        for ext in list(self.extensions):
+            name, required = "CPU", env.require_cpp()
+            if ext.name == CUDA:
+                name, required = "CUDA", env.build_cuda() is True
+            try:
+                self.build_extension(ext)
+            except (ImportError, OSError, subprocess.CalledProcessError) as error:
+                if required:
+                    raise
+                print(f"fastssl: installing without the {name} library: {error}", file=sys.stderr)
+                self.extensions.remove(ext)
 
     def build_extension(self, ext: Extension) -> None:
         torch_spec = importlib.util.find_spec("torch")
         if torch_spec is None:
             raise ImportError("torch is not installed in the build environment")
         torch_folder = Path(torch_spec.origin).parent
-        compiler = shutil.which(env.cxx())
-        if compiler is None:
-            raise OSError(f"no C++ compiler called {env.cxx()}")
-        target, temp = Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp)
+        compiler, flags = self.compiler_of(ext)
+        target, temp = Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp, ext.name)
         target.parent.mkdir(parents=True, exist_ok=True)
         temp.mkdir(parents=True, exist_ok=True)
         objects = [str(temp / Path(source).with_suffix(".o").name) for source in ext.sources]
         commands = [
-            [compiler, *COMPILE_FLAGS, "-isystem", str(torch_folder / "include")]
+            [compiler, *flags, "-isystem", str(torch_folder / "include")]
             + ["-c", str(ROOT / source), "-o", obj]
             for source, obj in zip(ext.sources, objects, strict=True)
         ]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda command: subprocess.run(command, check=True), commands))
         link = [compiler, "-shared", *objects, "-o", str(target)]
+        # libtorch_cuda's symbols come from the process that loads the library.
         link += [f"-L{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+        link += ["-cudart", "static"] if ext.name == CUDA else []
         subprocess.run(link, check=True)
+
+    def compiler_of(self, ext: Extension) -> tuple[str, list[str]]:
+        if ext.name == CPU:
+            compiler = shutil.which(env.cxx())
+            if compiler is None:
+                raise OSError(f"no C++ compiler called {env.cxx()}")
+            return compiler, COMPILE_FLAGS
+        compiler = env.nvcc()
+        if compiler is None:
+            raise OSError("no nvcc")
+        codes = [
+            f"-gencode=arch=compute_{number},code=sm_{number}"
+            for number in env.cuda_architectures()
+        ]
+        return compiler, [*NVCC_FLAGS, *codes]
 
 
 def tag_as_any_python() -> dict:
@@ -93,11 +119,26 @@ def tag_as_any_python() -> dict:
     return {"bdist_wheel": AnyPython}
 
 
+def torch_is_cuda_build() -> bool:
+    """Without importing torch, which takes seconds."""
+    spec = importlib.util.find_spec("torch")
+    return spec is not None and bool(
+        list((Path(spec.origin).parent / "lib").glob("libtorch_cuda.so"))
+    )
+
+
 def libraries() -> list[Extension]:
-    if not env.build_cpp() or platform.system() != "Linux":
+    if platform.system() != "Linux":
         return []
-    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.cpp"))
-    return [Extension("fastssl.kernels._cpu", sources)]
+
+    def sources(pattern: str) -> list[str]:
+        return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern))
+
+    found = [Extension(CPU, sources("cpu/*.cpp"))] if env.build_cpp() else []
+    wants_cuda = env.build_cuda()
+    if wants_cuda is None:
+        wants_cuda = env.nvcc() is not None and torch_is_cuda_build()
+    return found + [Extension(CUDA, sources("cuda/*.cu"))] * wants_cuda
 
 
 # <repo>/kernels/<name> is installed as fastssl.kernels.<name>, <repo>/recipes as fastssl/recipes.

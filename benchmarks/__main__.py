@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 
 from benchmarks import report
@@ -18,8 +19,15 @@ def main(arguments: list[str] | None = None) -> int:
     run = commands.add_parser("run", help="run cases, all of them if none is named")
     run.add_argument("cases", metavar="CASE", nargs="*", help="a name, or what stands before a /")
     run.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    run.add_argument("--json", type=Path, metavar="FILE", help="put the rows into this file")
+    run.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="put the rows into this file, or into one named after the machine in this folder",
+    )
     run.add_argument("--quick", action="store_true", help="small shapes, few rounds: does it run?")
+    run.add_argument("--minutes", type=float, metavar="M", help="begin no case after that")
+    run.add_argument("--table", action="store_true", help="print the table, beside --json as .md")
     run.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: torch's")
     table = commands.add_parser("table", help="print the table of results, or keep the README's")
     table.add_argument("files", type=Path, metavar="FILE", nargs="*", help="default: the committed")
@@ -52,19 +60,35 @@ def _run(options: argparse.Namespace) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print(f"--device cuda: torch {torch.__version__} sees no NVIDIA GPU", file=sys.stderr)
+        return 2
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    failed = False
+    file = options.json
+    if file is not None and file.is_dir():
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        file = file / report.file_name(gpu)
+    rows, begin = [], time.monotonic()
     for case in cases:
+        if options.minutes is not None and time.monotonic() - begin > 60 * options.minutes:
+            print(f"no number: {case.name}: the {options.minutes:g} minutes are over", flush=True)
+            continue
         try:
             row = run_case(case, device, options.quick)
-        except Disagreement as error:
-            print(f"no number: {error}", file=sys.stderr)
-            failed = True
+        except (Disagreement, RuntimeError, ValueError) as error:
+            # The other cases' numbers stand.
+            print(f"no number: {case.name}: {error}", file=sys.stderr)
             continue
+        rows.append(row)
         print(_summary(row), flush=True)
-        if options.json is not None:
-            report.write_rows(options.json, [row])
-    return int(failed)
+        if file is not None:
+            report.write_rows(file, [row])
+    if options.table:
+        text = report.table(rows)
+        print(text, end="")
+        if file is not None:
+            file.with_suffix(".md").write_text(text)
+    return int(len(rows) < len(cases))
 
 
 def _summary(row: report.Row) -> str:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastssl.kernels.common.dispatch import OPS
+
 # Called with a set of inputs; returns what the contenders must agree on.
 Contender = Callable[..., tuple[Tensor, ...]]
 
@@ -91,9 +93,12 @@ def op_case(
             "compiled": wrap(torch.compile(reference)),
             "fastssl": wrap(ours),
         }
+        # Not the automatic choice before it is measured: here is where.
+        if _cannot_run_by_name("cuda", op, device) is None:
+            found["cuda"] = wrap(lambda *inputs: function(*inputs, backend="cuda"))
         return found if rival is None else found | {"rival": wrap(rival)}
 
-    ratios = {base: (base, "fastssl") for base in ("eager", "compiled", "rival")}
+    ratios = {base: (base, "fastssl") for base in ("eager", "compiled", "cuda", "rival")}
     if rival is None:
         del ratios["rival"]
     return Case(
@@ -109,6 +114,13 @@ def op_case(
         flops=flops,
         op=op,
     )
+
+
+def _cannot_run_by_name(backend: str, op: str, device: torch.device) -> str | None:
+    entry = OPS[op]
+    if backend not in entry.backends:
+        return f"{op} has no backend {backend}"
+    return entry.backends[backend](*entry.example(device))
 
 
 def all_cases(quick: bool = False) -> list[Case]:

@@ -1,6 +1,7 @@
 """Results: JSON rows in a file, markdown tables from rows, and the README that shows them."""
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -28,6 +29,13 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
 def committed_results() -> list[Path]:
     """Every file of results; local.json is what `make bench` writes and nobody commits."""
     return sorted(path for path in RESULTS.glob("*.json") if path.name != "local.json")
+
+
+def file_name(gpu: str | None) -> str:
+    """The file of a machine's results: named after its GPU, local.json without."""
+    if gpu is None:
+        return "local.json"
+    return re.sub("[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json"
 
 
 def table(rows: Sequence[Row]) -> str:

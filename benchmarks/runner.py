@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks import measure
 from benchmarks.registry import Case, Contender
-from fastssl.kernels.common.dispatch import OPS
+from fastssl.kernels.common.dispatch import OPS, choose_backend
 
 SEED = 20211111
 # Sets of inputs together exceed this, so that a cache serves none of them twice; 8 at most.
@@ -131,5 +131,4 @@ def time_interleaved(
 def _automatic_backend(op: str | None, device: torch.device) -> str | None:
     if op is None:
         return None
-    reasons = OPS[op].reasons(*OPS[op].example(device))
-    return next(name for name, reason in reasons.items() if reason is None)
+    return choose_backend(OPS[op], None, *OPS[op].example(device))

@@ -7,7 +7,7 @@ import torch
 
 import fastssl.functional  # noqa: F401  (registers every op)
 from fastssl.kernels.common import libraries
-from fastssl.kernels.common.dispatch import OPS, choose_backend
+from fastssl.kernels.common.dispatch import BY_NAME_ONLY, OPS, choose_backend
 from fastssl.version import __version__
 
 _PACKAGES = ("torch", "triton", "numpy", "xformers", "flash-attn", "transformers")
@@ -53,7 +53,8 @@ def lines() -> list[str]:
             text.append(f"  {name}: {chosen}")
             for backend, reason in op.reasons(*arguments).items():
                 if backend != chosen:
-                    text.append(f"    not {backend}: {reason or 'an earlier choice can run'}")
+                    reason = reason or BY_NAME_ONLY.get(backend) or "an earlier choice can run"
+                    text.append(f"    not {backend}: {reason}")
     return text
 
 

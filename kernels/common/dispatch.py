@@ -37,7 +37,9 @@ class Op:
 OPS: dict[str, Op] = {}
 # The order of the automatic choice. cpp before triton: where both can run, the tensors are on the
 # CPU and Triton would interpret.
-PREFERENCE = ("cpp", "triton", "reference")
+PREFERENCE = ("cpp", "triton", "cuda", "reference")
+# Backends that run only where they are named, with the reason.
+BY_NAME_ONLY = {"cuda": "its speed has not been measured yet, so it runs only where it is named"}
 
 
 def register(name: str, backends: dict[str, Reason], example: Callable) -> Op:
@@ -74,7 +76,7 @@ def choose_backend(op: Op, requested: str | None, *args: object) -> str:
             raise ValueError(f"backend {named!r} cannot run {op.name}: {reason}")
         return named
     for name, cannot_run in op.backends.items():
-        reason = cannot_run(*args)
+        reason = BY_NAME_ONLY.get(name) or cannot_run(*args)
         if reason is None:
             return name
         if not torch.compiler.is_compiling():
@@ -95,6 +97,24 @@ def cannot_run_cpp(*tensors: Tensor | None) -> str | None:
         if tensor.is_floating_point() and tensor.dtype not in _CPP_DTYPES:
             return f"dtype {tensor.dtype} is served by the reference only"
     return libraries.why_no_cpp_library()
+
+
+def cannot_run_cuda(*tensors: Tensor | None) -> str | None:
+    """The reason that holds for every CUDA C++ kernel: library, device, dtype, architecture."""
+    reason = libraries.why_no_cuda_library()
+    if reason is not None:
+        return reason
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type != "cuda":
+            return f"tensors are on {tensor.device}, not on a GPU"
+        if tensor.is_floating_point() and tensor.dtype not in _CPP_DTYPES:
+            return f"dtype {tensor.dtype} is served by the reference only"
+        reason = libraries.why_no_cuda_code(tensor.device)
+        if reason is not None:
+            return reason
+    return None
 
 
 def cannot_run_triton(*tensors: Tensor | None) -> str | None:

@@ -4,6 +4,7 @@ This file imports nothing of the project, so that setup.py can load it by path.
 """
 
 import os
+import shutil
 
 
 def backend() -> str | None:
@@ -16,9 +17,28 @@ def build_cpp() -> bool:
     return os.environ.get("FASTSSL_BUILD_CPP", "1") != "0"
 
 
+def build_cuda() -> bool | None:
+    """FASTSSL_BUILD_CUDA: whether to compile the CUDA library; None where nothing is said."""
+    value = os.environ.get("FASTSSL_BUILD_CUDA")
+    return None if not value else value != "0"
+
+
+def cuda_architectures() -> list[str]:
+    """FASTSSL_CUDA_ARCHITECTURES: what the CUDA library is compiled for."""
+    return (os.environ.get("FASTSSL_CUDA_ARCHITECTURES") or "80 90a 100").split()
+
+
 def cxx() -> str:
     """CXX: the C++ compiler of the CPU library."""
     return os.environ.get("CXX") or "g++"
+
+
+def nvcc() -> str | None:
+    """NVCC: the compiler of the CUDA library; else the one on the path, else CUDA_HOME's."""
+    if os.environ.get("NVCC"):
+        return shutil.which(os.environ["NVCC"])
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    return shutil.which("nvcc") or shutil.which(os.path.join(home, "bin", "nvcc"))
 
 
 def require_cpp() -> bool:

@@ -20,6 +20,18 @@ def why_no_cpp_library() -> str | None:
 
 
 @torch.compiler.assume_constant_result
+def why_no_cuda_library() -> str | None:
+    """None once the GPU's fastssl_cuda ops are loaded, else the reason in words."""
+    return _load_cuda_library()
+
+
+@torch.compiler.assume_constant_result
+def why_no_cuda_code(device: torch.device) -> str | None:
+    """None if the loaded CUDA library holds code for this GPU, else the reason in words."""
+    return _find_cuda_code(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@torch.compiler.assume_constant_result
 def why_no_triton() -> str | None:
     """None if Triton can be imported, else the reason in words."""
     return _import_triton()
@@ -44,6 +56,35 @@ def _load_cpp_library() -> str | None:
     except OSError as error:
         return f"the CPU library did not load into torch {torch.__version__}: {error}"
     return None
+
+
+@functools.cache
+def _load_cuda_library() -> str | None:
+    # Not before an op asks: a look for GPUs initialises the driver, and processes that are forked
+    # after that cannot use it.
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is not a CUDA build"
+    if not torch.cuda.is_available():
+        return "torch sees no NVIDIA GPU"
+    path = _FOLDER / "_cuda.so"
+    if not path.exists():
+        return "the CUDA library is not built (reinstall with nvcc at hand, see ENVS.md)"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"the CUDA library did not load into torch {torch.__version__}: {error}"
+    return None
+
+
+@functools.cache
+def _find_cuda_code(index: int) -> str | None:
+    if torch.ops.fastssl_cuda.runs_on(index):
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    return (
+        f"the CUDA library holds no code for sm_{major}{minor} "
+        "(FASTSSL_CUDA_ARCHITECTURES, see ENVS.md)"
+    )
 
 
 @functools.cache

@@ -24,6 +24,10 @@ on a CPU that was measured to gain nothing, and it would hold the gradient from 
 Saved for backward: the logits, and 8(S + T)B bytes. Peak extra memory: 4B(2S + 3T + ST) bytes per
 chunk of 1,024 prototypes, and with return_teacher_mean one row [K] float32 for each slice of the
 batch (up to 64 chunks' worth of rows on a CPU, `triton_view_cross_entropy.num_slices` on a GPU).
+
+backend="cuda" on sm_90 and later makes the gradient with the forward pass in eager mode, from the
+shared memory of a cluster, and reads each logit once: see cuda_kernel.py. It then holds the
+gradient, SBKe bytes, beside the logits from forward to backward.
 """
 
 from fastssl.kernels.dino_cross_entropy.op import dino_cross_entropy

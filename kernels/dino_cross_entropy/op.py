@@ -8,7 +8,7 @@ from fastssl.kernels.common import view_cross_entropy as views
 from fastssl.kernels.common.autograd import reference_gradients
 from fastssl.kernels.common.flops import counts_no_flops
 from fastssl.kernels.common.view_checks import check_terms, check_views
-from fastssl.kernels.dino_cross_entropy import reference
+from fastssl.kernels.dino_cross_entropy import cuda_kernel, reference
 
 
 def _example(device: torch.device) -> tuple:
@@ -21,7 +21,13 @@ def cannot_run_cpp(student_logits: Tensor, teacher_logits: Tensor) -> str | None
 
 
 OP = dispatch.register(
-    "dino_cross_entropy", {"triton": dispatch.cannot_run_triton, "cpp": cannot_run_cpp}, _example
+    "dino_cross_entropy",
+    {
+        "triton": dispatch.cannot_run_triton,
+        "cpp": cannot_run_cpp,
+        "cuda": cuda_kernel.cannot_run_cuda,
+    },
+    _example,
 )
 
 
@@ -96,13 +102,16 @@ def dino_cross_entropy(
         if return_teacher_mean or return_teacher_entropy:
             mean, entropy = reference.teacher_statistics(teacher_logits, *arguments)
     else:
-        loss, mean, entropy, *_ = torch.ops.fastssl.dino_cross_entropy(
-            student_logits.contiguous(),
-            teacher_logits.detach().contiguous(),
-            *terms.arguments(),
-            return_teacher_mean,
-            name,
+        logits = (student_logits.contiguous(), teacher_logits.detach().contiguous())
+        wants_gradient = name == "cuda" and cuda_kernel.makes_gradient_in_forward(
+            *logits, return_teacher_mean
         )
+        if wants_gradient:
+            loss, mean, entropy = cuda_kernel.with_gradient(*logits, terms, return_teacher_mean)
+        else:
+            loss, mean, entropy, *_ = torch.ops.fastssl.dino_cross_entropy(
+                *logits, *terms.arguments(), return_teacher_mean, name
+            )
     wanted = (mean,) * return_teacher_mean + (entropy,) * return_teacher_entropy
     return (loss, *wanted) if wanted else loss
 
@@ -130,24 +139,35 @@ def _dino_cross_entropy(
     if backend == "reference":
         return _reference(student, teacher, arguments, wants_teacher_mean)
     terms = views.Terms(*arguments)
-    num_teacher, batch, num_prototypes = teacher.shape
+    if backend == "cuda":
+        results, sums = cuda_kernel.forward(student, teacher, terms, wants_teacher_mean)
+    else:
+        results, sums = _first_pass(backend, student, teacher, terms, wants_teacher_mean)
+    if sums is None:
+        teacher_mean = student.new_empty((0,), dtype=torch.float32)
+    else:
+        teacher_mean = views.teacher_mean(sums, *teacher.shape[:2], num_rows)
+    return (
+        *(results.loss, teacher_mean, results.entropy),
+        *(results.norm, results.student_stats, results.teacher_stats),
+    )
+
+
+def _first_pass(
+    backend: str, student: Tensor, teacher: Tensor, terms: views.Terms, wants_sums: bool
+) -> tuple[views.Results, Tensor | None]:
+    """The results, and the sums [slices, K] of the teacher's logits where wanted."""
+    num_teacher, _, num_prototypes = teacher.shape
     chunks = views.num_chunks(backend, num_prototypes)
     parts = views.empty_parts(student, num_teacher, chunks)
     sums = None
-    if wants_teacher_mean:
+    if wants_sums:
         slices = views.num_slices(backend, student, chunks)
         sums = student.new_empty((slices, num_prototypes), dtype=torch.float32)
     views.fill_parts(backend, student, teacher, terms, 0, parts, sums)
     results = views.empty_results(student, num_teacher)
     views.combine(backend, parts, terms, results)
-    if sums is None:
-        teacher_mean = student.new_empty((0,), dtype=torch.float32)
-    else:
-        teacher_mean = views.teacher_mean(sums, num_teacher, batch, num_rows)
-    return (
-        *(results.loss, teacher_mean, results.entropy),
-        *(results.norm, results.student_stats, results.teacher_stats),
-    )
+    return results, sums
 
 
 def _reference(student, teacher, arguments, wants_teacher_mean):
@@ -194,8 +214,11 @@ def _dino_cross_entropy_backward(
         *(student_temp, teacher_temp, skip_same_view, False),
     )
     dstudent = torch.empty_like(student)
-    stats = (student_stats, teacher_stats, norm)
-    views.gradient(backend, dloss, student, teacher, terms, *stats, dstudent)
+    arguments = (dloss, student, teacher, terms, student_stats, teacher_stats, norm, dstudent)
+    if backend == "cuda":
+        cuda_kernel.gradient(*arguments)
+    else:
+        views.gradient(backend, *arguments)
     return dstudent
 
 

@@ -430,7 +430,7 @@ BAD = {
         "student_logits": torch.zeros(1, 4, 8),
         "teacher_logits": torch.zeros(1, 4, 8),
     },
-    "backend must be one of cpp, triton, reference": {"backend": "magic"},
+    "backend must be one of cpp, triton, cuda, reference": {"backend": "magic"},
 }
 
 

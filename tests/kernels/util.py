@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastssl.kernels.common import libraries
 from fastssl.kernels.common.dispatch import OPS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -25,7 +26,7 @@ def compiled_backends(op: str) -> list:
     on a machine with a GPU, cpp never does."""
     params = []
     for name in OPS[op].backends:
-        if name == "reference":
+        if name == "reference" or (name == "cuda" and libraries.why_no_cuda_library()):
             continue
         on_gpu = torch.cuda.is_available() and name != "cpp"
         params.append(pytest.param(name, marks=[pytest.mark.gpu] if on_gpu else []))
