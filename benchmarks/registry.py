@@ -125,9 +125,18 @@ def _cannot_run_by_name(backend: str, op: str, device: torch.device) -> str | No
 
 def all_cases(quick: bool = False) -> list[Case]:
     """Every case; `quick` ones are small and only show that everything runs."""
-    from benchmarks import cases_dino, cases_masking, cases_optim, cases_sinkhorn, cases_steps
+    from benchmarks import (
+        cases_contrastive,
+        cases_dino,
+        cases_gram,
+        cases_masking,
+        cases_optim,
+        cases_sinkhorn,
+        cases_steps,
+    )
 
-    modules = (cases_masking, cases_dino, cases_sinkhorn, cases_optim, cases_steps)
+    modules = (cases_masking, cases_dino, cases_sinkhorn, cases_contrastive, cases_gram)
+    modules = (*modules, cases_optim, cases_steps)
     return [case for module in modules for case in module.cases(quick)]
 
 

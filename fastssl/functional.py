@@ -10,17 +10,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastssl.kernels.barlow_twins import barlow_twins
 from fastssl.kernels.common.checks import check_shape, check_tensor
+from fastssl.kernels.covariance_loss import covariance_loss
 from fastssl.kernels.dino_cross_entropy import dino_cross_entropy
 from fastssl.kernels.ema_update import ema_update
+from fastssl.kernels.gram_loss import gram_loss
+from fastssl.kernels.info_nce import info_nce
 from fastssl.kernels.keyed_uniform import keyed_uniform
+from fastssl.kernels.koleo import koleo
 from fastssl.kernels.linear_dino_cross_entropy import linear_dino_cross_entropy
 from fastssl.kernels.masked_gather import masked_gather
 from fastssl.kernels.masked_patch_mse import masked_patch_mse
 from fastssl.kernels.masked_scatter import masked_scatter
 from fastssl.kernels.masked_unfold import masked_unfold
+from fastssl.kernels.nt_xent import nt_xent
 from fastssl.kernels.random_masking import random_masking
 from fastssl.kernels.sinkhorn_knopp import sinkhorn_knopp
+from fastssl.kernels.vicreg import vicreg
 
 # What a keyed random number is for: each use draws from a stream of its own.
 STREAM_MASK, STREAM_CROP, STREAM_SHUFFLE, STREAM_EVAL = range(4)
@@ -30,17 +37,24 @@ __all__ = [
     "STREAM_EVAL",
     "STREAM_MASK",
     "STREAM_SHUFFLE",
+    "barlow_twins",
+    "covariance_loss",
     "dino_cross_entropy",
     "ema_update",
+    "gram_loss",
+    "info_nce",
     "keyed_uniform",
+    "koleo",
     "linear_dino_cross_entropy",
     "masked_gather",
     "masked_patch_embed",
     "masked_patch_mse",
     "masked_scatter",
     "masked_unfold",
+    "nt_xent",
     "random_masking",
     "sinkhorn_knopp",
+    "vicreg",
 ]
 
 

@@ -4,16 +4,25 @@ B images, S student views, T = 2 teacher views (the first two of the student's),
 """
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastssl import functional as F
 from fastssl.kernels.common.checks import check_int, check_tensor
+from fastssl.kernels.common.collectives import Group
+from fastssl.losses.centered import CenteredLoss
+from fastssl.losses.common import (
+    Stats,
+    aliases,
+    check_not_swapped,
+    check_positive,
+    cross_entropy_stats,
+)
+from fastssl.nn.dino_head import HeadOutput
 
 NUM_TEACHER_VIEWS = 2
 
 
-class DINOLoss(nn.Module):
+class DINOLoss(CenteredLoss):
     """Cross-entropy between centered, sharpened teacher outputs and student outputs of other views.
 
     Mean over the crossed pairs of views and over images::
@@ -24,23 +33,18 @@ class DINOLoss(nn.Module):
         center = center_momentum * center + (1 - center_momentum) * mean(teacher)
 
     Arguments, in the official order:
-        out_dim: K.
+        out_dim: K (also output_dim, num_prototypes).
         ncrops: S, the views of the student, of which the first two are the teacher's.
         warmup_teacher_temp, teacher_temp: teacher temperature at epoch 0 and from
             `warmup_teacher_temp_epochs` on, linear between.
-        nepochs: length of the schedule; later epochs keep the last temperature.
+        nepochs: length of the schedule (also num_epochs); later epochs keep the last temperature.
         student_temp, center_momentum: as in the formula.
-        update_center: True moves the center in every forward, as the official code does. False for
-            gradient accumulation: forward only collects, and `step()`, called once per optimizer
-            step, moves the center by the mean over everything collected since.
+        update_center, group: see `CenteredLoss`.
 
-    The center is averaged over all ranks of the default process group when there is one, so that W
-    processes hold the center of one process on the whole batch; the loss is the mean over the local
-    images, whose gradients DDP and FSDP average.
+    The loss is the mean over the local images, whose gradients DDP and FSDP2 average.
     """
 
-    center: Tensor  # [1, K], the only entry of the state dict
-
+    @aliases(output_dim="out_dim", num_prototypes="out_dim", num_epochs="nepochs")
     def __init__(
         self,
         out_dim: int,
@@ -53,35 +57,29 @@ class DINOLoss(nn.Module):
         center_momentum: float = 0.9,
         *,
         update_center: bool = True,
+        group: Group = None,
     ) -> None:
-        super().__init__()
         check_int("out_dim", out_dim, 1)
         check_int("ncrops", ncrops, NUM_TEACHER_VIEWS)
         check_int("nepochs", nepochs, 1)
         check_int("warmup_teacher_temp_epochs", warmup_teacher_temp_epochs, 0, nepochs)
-        temperatures = {
-            "warmup_teacher_temp": warmup_teacher_temp,
-            "teacher_temp": teacher_temp,
-            "student_temp": student_temp,
-        }
-        for name, value in temperatures.items():
-            if not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        if not 0 <= center_momentum <= 1:
-            raise ValueError(f"center_momentum must be in [0, 1], got {center_momentum}")
+        check_positive(
+            warmup_teacher_temp=warmup_teacher_temp,
+            teacher_temp=teacher_temp,
+            student_temp=student_temp,
+        )
+        super().__init__((1, out_dim), center_momentum, update_center, group)
         self.out_dim = out_dim
         self.ncrops = ncrops
         self.student_temp = student_temp
-        self.center_momentum = center_momentum
-        self.update_center = update_center
         warmup = torch.linspace(
             warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, dtype=torch.float64
         )
         constant = [teacher_temp] * (nepochs - warmup_teacher_temp_epochs)
         self.teacher_temp_schedule = [*warmup.tolist(), *constant]
-        self.register_buffer("center", torch.zeros(1, out_dim))
-        # Sum over the collected teacher rows, and in the last place their number.
-        self.register_buffer("_collected", torch.zeros(out_dim + 1), persistent=False)
+        # On the device, where a new epoch is a new value and no new graph.
+        schedule = torch.tensor(self.teacher_temp_schedule, dtype=torch.float32)
+        self.register_buffer("_teacher_temps", schedule, persistent=False)
 
     def teacher_temp(self, epoch: int) -> float:
         check_int("epoch", epoch, 0)
@@ -92,57 +90,87 @@ class DINOLoss(nn.Module):
         student_output: Tensor,  # [S * B, K], views one after the other
         teacher_output: Tensor,  # [T * B, K]
         epoch: int,
-    ) -> Tensor:
-        self._check(student_output, teacher_output)
-        student = student_output.float().unflatten(0, (self.ncrops, -1)) / self.student_temp
-        teacher_output = teacher_output.detach().float()
-        teacher = (teacher_output - self.center) / self.teacher_temp(epoch)
-        probabilities = teacher.softmax(dim=-1).unflatten(0, (NUM_TEACHER_VIEWS, -1))
-        log_probabilities = F.log_softmax(student, dim=-1)
-        # [T, S]: one cross-entropy per pair of views, of which equal views do not count.
-        pairs = -torch.einsum("tbk,sbk->ts", probabilities, log_probabilities) / student.shape[1]
-        same_view = torch.eye(NUM_TEACHER_VIEWS, self.ncrops, dtype=torch.bool, device=pairs.device)
-        loss = pairs.masked_fill(same_view, 0.0).sum() / (pairs.numel() - NUM_TEACHER_VIEWS)
-        self._collect(teacher_output)
-        if self.update_center:
-            self.step()
-        return loss
+        *,
+        return_stats: bool = False,
+    ) -> Tensor | tuple[Tensor, Stats]:
+        """The loss; with return_stats also {"teacher_entropy" in nats, "loss_over_log_k"}."""
+        self._check("output", student_output, teacher_output, self.out_dim)
+        loss, mean, entropy = F.dino_cross_entropy(
+            student_output.unflatten(0, (self.ncrops, -1)),
+            teacher_output.unflatten(0, (NUM_TEACHER_VIEWS, -1)),
+            self.center.clone(),  # it moves before backward
+            **self._options(epoch),
+        )
+        return self._finish(loss, mean, entropy, teacher_output.shape[0], return_stats)
 
-    @torch.no_grad()
-    def step(self) -> None:
-        """Move the center by the mean of all teacher rows collected on all ranks, and forget them.
+    def linear(
+        self,
+        student: HeadOutput,  # features [S * B, D]
+        teacher: HeadOutput,  # features [T * B, E]
+        epoch: int,
+        *,
+        return_stats: bool = False,
+    ) -> Tensor | tuple[Tensor, Stats]:
+        """The same from features and prototypes, without the logits ever being in memory.
 
-        Without collected rows the center stays. Every rank must call it.
+        To be called inside the forward of the student's head, which owns the prototypes::
+
+            teacher = teacher_head(teacher_features, return_prototypes=True)
+            loss = student_head(
+                student_features, loss=lambda student: dino_loss.linear(student, teacher, epoch)
+            )
         """
-        total = self._collected.clone()
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(total)
-        count = total[-1]
-        mean = total[:-1] / count.clamp(min=1)
-        moved = torch.lerp(mean, self.center[0], self.center_momentum)
-        self.center.copy_(torch.where(count > 0, moved, self.center[0]))
-        self._collected.zero_()
+        self._check("features", student.features, teacher.features, None)
+        if student.normalize_prototypes != teacher.normalize_prototypes:
+            raise ValueError("student and teacher must agree on normalize_prototypes")
+        loss, mean, entropy = F.linear_dino_cross_entropy(
+            student.features.unflatten(0, (self.ncrops, -1)),
+            student.prototypes,
+            teacher.features.unflatten(0, (NUM_TEACHER_VIEWS, -1)),
+            teacher.prototypes,
+            self.center.clone(),  # it moves before backward
+            normalize_prototypes=student.normalize_prototypes,
+            **self._options(epoch),
+        )
+        return self._finish(loss, mean, entropy, teacher.features.shape[0], return_stats)
 
-    @torch.no_grad()
-    def _collect(self, teacher_output: Tensor) -> None:
-        self._collected[:-1] += teacher_output.sum(dim=0)
-        self._collected[-1] += teacher_output.shape[0]
+    def _options(self, epoch: int) -> dict[str, object]:
+        check_int("epoch", epoch, 0)
+        last = len(self.teacher_temp_schedule) - 1
+        return {
+            "student_temp": self.student_temp,
+            "teacher_temp": self._teacher_temps[min(epoch, last)],
+            "return_teacher_mean": True,
+            "return_teacher_entropy": True,
+        }
 
-    def _check(self, student_output: Tensor, teacher_output: Tensor) -> None:
-        check_tensor("student_output", student_output, dim=2)
-        check_tensor("teacher_output", teacher_output, dim=2, device=student_output.device)
+    def _finish(
+        self, loss: Tensor, mean: Tensor, entropy: Tensor, rows: int, return_stats: bool
+    ) -> Tensor | tuple[Tensor, Stats]:
+        self._collect(mean, rows)
+        if not return_stats:
+            return loss
+        return loss, cross_entropy_stats(loss, self.out_dim, teacher_entropy=entropy)
+
+    def _check(self, kind: str, student: Tensor, teacher: Tensor, width: int | None) -> None:
+        student_name, teacher_name = f"student_{kind}", f"teacher_{kind}"
+        check_tensor(student_name, student, dim=2)
+        check_tensor(teacher_name, teacher, dim=2, device=student.device)
         for name, value, views in (
-            ("student_output", student_output, self.ncrops),
-            ("teacher_output", teacher_output, NUM_TEACHER_VIEWS),
+            (student_name, student, self.ncrops),
+            (teacher_name, teacher, NUM_TEACHER_VIEWS),
         ):
-            if value.shape[1] != self.out_dim or value.shape[0] % views or not value.shape[0]:
+            fits = width is None or value.shape[1] == width
+            if not fits or value.shape[0] % views or not value.shape[0]:
+                columns = "D" if width is None else width
                 raise ValueError(
-                    f"{name} must have shape [{views} * B, {self.out_dim}], got {list(value.shape)}"
+                    f"{name} must have shape [{views} * B, {columns}], got {list(value.shape)}"
                 )
-        batch = student_output.shape[0] // self.ncrops
-        if teacher_output.shape[0] != NUM_TEACHER_VIEWS * batch:
+        batch = student.shape[0] // self.ncrops
+        if teacher.shape[0] != NUM_TEACHER_VIEWS * batch:
             raise ValueError(
-                f"teacher_output must have {NUM_TEACHER_VIEWS} * {batch} rows beside a "
-                f"student_output of {self.ncrops} * {batch}, got {teacher_output.shape[0]} "
+                f"{teacher_name} must have {NUM_TEACHER_VIEWS} * {batch} rows beside a "
+                f"{student_name} of {self.ncrops} * {batch}, got {teacher.shape[0]} "
                 "(are the two swapped?)"
             )
+        check_not_swapped(student_name, student, teacher_name, teacher)

@@ -18,10 +18,16 @@ _FEWER_REGISTERS = (
     "ptxas parks 8 to 24 bytes to fit a number of registers that lets more blocks run; for which "
     "variant and architecture differs between Triton 3.6 and 3.9"
 )
-SPILLS_ALLOWED: dict[str, str] = {
-    f"view_cross_entropy_parts_kernel[{variant}]": _FEWER_REGISTERS
-    for variant in ("views", "scaled_views", "scaled_masked")
-}
+SPILLS_ALLOWED: dict[str, str] = dict.fromkeys(
+    (
+        "contrastive_stream_kernel[keys_fp32_512]",
+        *(
+            f"view_cross_entropy_parts_kernel[{variant}]"
+            for variant in ("views", "scaled_views", "scaled_masked")
+        ),
+    ),
+    _FEWER_REGISTERS,
+)
 
 
 def test_resources_stay_within_the_committed_table():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch._dynamo.testing import CompileCounter
 
 from fastssl.losses import DINOLoss
 
@@ -117,3 +118,41 @@ def test_bad_constructor_arguments_are_named():
         DINOLoss(8, 2, 0.04, 0, 0, 1)
     with pytest.raises(ValueError, match="ncrops must be at least 2, got 1"):
         DINOLoss(8, 1, 0.04, 0.04, 0, 1)
+
+
+def test_stats_on_request():
+    loss_fn = make_loss()
+    teacher = torch.randn(4, 11)
+    loss, stats = loss_fn(torch.zeros(8, 11), teacher, 0, return_stats=True)
+    torch.testing.assert_close(stats["loss_over_log_k"], torch.tensor(1.0))
+    torch.testing.assert_close(loss, torch.tensor(11.0).log())
+    q = (teacher / 0.04).softmax(-1)
+    expected = torch.distributions.Categorical(q).entropy().mean()
+    torch.testing.assert_close(stats["teacher_entropy"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_new_epoch_is_no_new_graph():
+    loss_fn = make_loss()
+    counter = CompileCounter()
+    torch.compiler.reset()
+    compiled = torch.compile(loss_fn, backend=counter, fullgraph=True)
+    student, teacher = torch.randn(8, 11), torch.randn(4, 11)
+    for epoch in range(1, 3):
+        compiled(student, teacher, epoch)
+    graphs = counter.frame_count
+    for epoch in range(3, 9):
+        compiled(student, teacher, epoch)
+    assert counter.frame_count <= graphs + 1
+
+
+def test_a_learning_teacher_is_refused_and_aliases_are_known():
+    loss_fn = DINOLoss(
+        output_dim=11,
+        ncrops=2,
+        warmup_teacher_temp=0.04,
+        teacher_temp=0.07,
+        warmup_teacher_temp_epochs=0,
+        num_epochs=3,
+    )
+    with pytest.raises(ValueError, match="teacher_output requires grad and student_output does"):
+        loss_fn(torch.zeros(4, 11), torch.zeros(4, 11, requires_grad=True), 0)
