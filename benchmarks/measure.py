@@ -139,7 +139,10 @@ def _git(*arguments: str) -> str | None:
 
 def conditions(device: torch.device) -> dict[str, object]:
     """Where and with what a number was measured."""
-    changed = _git("status", "--porcelain", "--untracked-files=no")
+    # Results that are being written are no change of what is measured.
+    changed = _git(
+        "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"
+    )
     commit = _git("rev-parse", "--short=12", "HEAD") or "unknown"
     return {
         "device": device.type,
