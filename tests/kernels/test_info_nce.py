@@ -147,7 +147,6 @@ def test_wide_features(dim, dtype, backend):
     check_against_truth(tensors, backend, **options)
 
 
-@pytest.mark.skipif("triton" not in [p.values[0] for p in BACKENDS], reason="no triton backend")
 def test_triton_says_what_is_too_wide():
     tensors, _ = make_inputs((3, 4, MAX_TRITON_DIM + 1), "queue", device=device_of("triton"))
     with pytest.raises(ValueError, match="features of 513 dimensions, more than 512"):

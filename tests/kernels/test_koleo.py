@@ -56,7 +56,6 @@ def test_against_float64(shape, dtype, backend, poisoned_memory):
     assert_matches_float64("koleo", [make_rows(shape, dtype, device_of(backend))], backend)
 
 
-@pytest.mark.skipif("cpp" not in [p.values[0] for p in BACKENDS], reason="no cpp backend")
 @pytest.mark.parametrize("shape", [(1031, 384), (512, 1024)], ids=str)
 def test_real_sizes(shape):
     assert_matches_float64("koleo", [make_rows(shape)], "cpp")
@@ -133,7 +132,6 @@ def test_runs_give_the_same_bits(shape, backend):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.skipif("cpp" not in [p.values[0] for p in BACKENDS], reason="no cpp backend")
 def test_threads_give_the_same_bits():
     x, before, results = make_rows((1100, 19)), torch.get_num_threads(), []
     try:
@@ -193,7 +191,6 @@ class Sizes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("count", [2048, 1024])
-@pytest.mark.skipif("cpp" not in [p.values[0] for p in BACKENDS], reason="no cpp backend")
 def test_products_are_never_stored(count):
     x = make_rows((2048, 8))
     unit, norm = cpp_kernel.normalize(x, 1e-8)
