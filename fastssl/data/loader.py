@@ -123,8 +123,6 @@ class Loader:
         self.mean, self.std = dataset.mean, dataset.std
         self.skipped: dict[str, str] = {}
         self._done = multiprocessing.RawValue(ctypes.c_bool, False)
-        # Registered after multiprocessing's own, which terminates the workers, it comes before it.
-        atexit.register(setattr, self._done, "value", True)
         self._loader = DataLoader(
             dataset,
             batch_size=None,
@@ -142,6 +140,8 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         self._done.value = False
+        # Registered after multiprocessing's own, which terminates the workers, it comes before it.
+        atexit.register(self._end)
         try:
             for batch in self._loader:
                 self.skipped.update(batch.skipped or {})
@@ -149,7 +149,12 @@ class Loader:
                 batch = batch.to(self.device, non_blocking=True)
                 yield replace(batch, images=normalize(batch.images, self.mean, self.std))
         finally:
-            self._done.value = True
+            self._end()
+
+    def _end(self) -> None:
+        """Let the workers go."""
+        self._done.value = True
+        atexit.unregister(self._end)
 
 
 def _as_it_is(batch: Batch) -> Batch:

@@ -282,22 +282,23 @@ def test_cpp_keeps_its_promise_on_memory():
 @pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.1, 0.01])
 def test_65536_images(temperature):
-    """Logits of 69 GB. A few rows against their float64 formula; bits as in the mean."""
+    """Logits of 69 GB. The mean against that of a few rows by the formula in float64."""
     N, D = 65536, 128
-    views = make_views((N, D))
+    z0 = torch.randn(N, D)
+    # Far enough apart that finding the other view is hard at any temperature.
+    views = [z0, 0.3 * z0 + torch.randn(N, D)]
     t = torch.tensor(temperature)
     loss, d0, d1, dt = call(views, t, "cpp")
     assert torch.isfinite(loss) and torch.isfinite(dt)
     assert torch.isfinite(d0).all() and torch.isfinite(d1).all()
     z = functional.normalize(torch.cat(views), dim=1)
-    some = torch.arange(0, 2 * N, 2 * N // 97)
+    some = torch.arange(0, 2 * N, 2 * N // 997)
     scores = (z[some] @ z.t()).double() / temperature
     scores[torch.arange(len(some)), some] = -torch.inf
     terms = scores.logsumexp(1) - scores[torch.arange(len(some)), (some + N) % (2 * N)]
-    # The mean of some rows against that of all: within five standard errors, and the rounding of
-    # float32 scores of up to 100.
-    bound = 5 * terms.std() / math.sqrt(len(some)) + 1e-7 / temperature
-    assert (terms.mean() - loss).abs() <= bound
+    # Within five standard errors of the mean, which are a small part of it.
+    bound = 5 * terms.std() / math.sqrt(len(some))
+    assert (terms.mean() - loss).abs() <= bound < terms.mean() / 2
 
 
 def _rank_step(x0, x1, backend, wrap, parts, temperature):

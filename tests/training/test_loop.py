@@ -18,21 +18,11 @@ from fastssl.training.metrics import NonFiniteError
 from tests.training.tiny import (
     HIERA,
     assert_same_tensors,
-    make_images,
     saved_tensors,
     tiny_config,
 )
 
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    """The report takes longer than the run; test_cli has it."""
-    monkeypatch.setattr(loop, "write_report", lambda folder: None)
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 def lines_of(folder, kind="train"):

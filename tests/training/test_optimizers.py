@@ -7,26 +7,17 @@ import torch
 
 from fastssl import distributed
 from fastssl.optim import LAMB, LARS
-from fastssl.training import checkpoint, loop, setup
+from fastssl.training import checkpoint, setup
 from fastssl.training.config import describe
 from fastssl.training.loop import Run, train
-from tests.training.tiny import assert_same_tensors, make_images, saved_tensors, tiny_config
+from tests.training.tiny import assert_same_tensors, saved_tensors, tiny_config
+
+pytestmark = pytest.mark.usefixtures("no_report")
 
 NAMES = {
     "lars": ["optim.name=lars", "optim.trust_coefficient=0.1", "optim.momentum=0.8"],
     "lamb": ["optim.name=lamb"],
 }
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    """The report takes longer than the run; test_cli has it."""
-    monkeypatch.setattr(loop, "write_report", lambda folder: None)
 
 
 def parameters_after(config):
