@@ -16,7 +16,17 @@ VICREG_EPS = 1e-4
 def cases(quick: bool) -> list[Case]:
     wide, tall = ((16, 64), (64, 16)) if quick else ((256, 8192), (4096, 2048))
     made = [make(*shape) for shape in (wide, tall) for make in (barlow_twins, vicreg)]
-    return [*made, koleo(*((48, 16) if quick else (4096, 384)))]
+    made.append(koleo(*((48, 16) if quick else (4096, 384))))
+    sizes = {
+        # Global crops of ViT-S and ViT-L at 224 and 512 pixels, and a teacher of another width.
+        "images": (8, 196, 384, 384) if not quick else (2, 9, 8, 8),
+        "large_images": (2, 1024, 1024, 1024) if not quick else (1, 17, 8, 8),
+        "batch": (8, 196, 384, 1024) if not quick else (2, 9, 8, 16),
+    }
+    for name, shape in sizes.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            made.append(gram_loss(name, *shape, dtype, img_level=name != "batch"))
+    return made
 
 
 def barlow_twins_gram(z0: Tensor, z1: Tensor) -> Tensor:
@@ -69,6 +79,37 @@ def koleo(N: int, D: int) -> Case:
         # Rows in and unit rows out; unit rows in, gradients out.
         bytes_moved=4 * 4 * N * D,
         flops=2 * N * N * D,
+    )
+
+
+def gram_loss(
+    name: str, B: int, N: int, D: int, E: int, dtype: torch.dtype, img_level: bool
+) -> Case:
+    """A student beside its teacher, as anchoring finds them, if both are of one width."""
+
+    def make_inputs(device: torch.device) -> tuple:
+        teacher = torch.randn(B, N, E, device=device)
+        student = torch.randn(B, N, D, device=device)
+        if D == E:
+            student = teacher + 0.5 * student
+        one = torch.ones((), device=device)
+        return student.to(dtype).requires_grad_(), teacher.to(dtype), one
+
+    def function(student: Tensor, teacher: Tensor, backend: str | None) -> Tensor:
+        return F.gram_loss(student, teacher, img_level=img_level, remove_neg=True, backend=backend)
+
+    pairs = B * N * N if img_level else (B * N) ** 2
+    return op_case(
+        f"gram_loss/{name}",
+        function,
+        make_inputs,
+        op="gram_loss",
+        shape=f"B={B} N={N} D={D} E={E}",
+        dtype=dtype,
+        direction=FORWARD_BACKWARD,
+        # Features in, their gradient out.
+        bytes_moved=dtype.itemsize * B * N * (2 * D + E),
+        flops=2 * pairs * (2 * D + E),
     )
 
 

@@ -12,8 +12,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.registry import FORWARD_BACKWARD, STEP, Case, Contender
-from fastssl.models import mae_hiera_tiny_224, mae_vit_base_patch16
+from benchmarks.registry import FORWARD, FORWARD_BACKWARD, STEP, Case, Contender
+from fastssl.models import (
+    HieraB,
+    mae_hiera_base_224,
+    mae_hiera_tiny_224,
+    mae_vit_base_patch16,
+)
 
 try:
     import transformers
@@ -24,6 +29,11 @@ except ImportError:
 TOLERANCE = 5e-2
 # Gradients that the contenders must agree on: those of the first and of the last layer.
 LANDMARKS = (("patch_embed.proj.weight", "projection.weight"), "decoder_pred.weight")
+
+RATIOS = {
+    "eager": ("transformers", "fastssl"),
+    "compiled": ("transformers compiled", "fastssl compiled"),
+}
 
 
 @dataclass(frozen=True)
@@ -40,12 +50,13 @@ class Family:
 
 def cases(quick: bool) -> list[Case]:
     batch = 2 if quick else 8
-    families = (_vit(quick), _hiera(quick))
-    return [
+    families = (_vit(quick), _hiera("tiny", quick), _hiera("base", quick))
+    steps = [
         _step_case(family, batch, direction, compiled=not quick)
         for family in families
         for direction in (FORWARD_BACKWARD, STEP)
     ]
+    return [*steps, _hiera_forward(batch, quick)]
 
 
 def _vit(quick: bool) -> Family:
@@ -77,14 +88,22 @@ def _vit(quick: bool) -> Family:
     )
 
 
-def _hiera(quick: bool) -> Family:
+FACTORIES = {
+    "tiny": (mae_hiera_tiny_224, (1, 2, 7, 2)),
+    "base": (mae_hiera_base_224, (2, 3, 16, 3)),
+}
+
+
+def _hiera(size: str, quick: bool) -> Family:
     side = 64 if quick else 224
-    stages = (1, 1, 1, 1) if quick else (1, 2, 7, 2)
+    factory, stages = FACTORIES[size]
+    if quick:
+        stages = (1, 1, 1, 1)
     decoder = (32, 1, 2) if quick else (512, 8, 16)
     width = 16 if quick else 96
 
     def build_ours() -> nn.Module:
-        return mae_hiera_tiny_224(
+        return factory(
             input_size=(side, side),
             embed_dim=width,
             stages=stages,
@@ -109,13 +128,66 @@ def _hiera(quick: bool) -> Family:
         return model, official(model.state_dict(), stages)
 
     return Family(
-        "mae_hiera_tiny_step",
+        f"mae_hiera_{size}_step",
         f"{side}x{side} mask 0.6",
         side,
         (side // 32) ** 2,
         build_ours,
         build_theirs,
     )
+
+
+def _hiera_forward(batch: int, quick: bool) -> Case:
+    """Inference of the classifier's trunk: all tokens, three poolings."""
+    side = 64 if quick else 224
+    stages, width = ((1, 1, 1, 1), 16) if quick else ((2, 3, 16, 3), 96)
+
+    def contenders(device: torch.device) -> dict[str, Contender]:
+        ours = HieraB(input_size=(side, side), embed_dim=width, stages=stages, num_classes=0)
+        ours = ours.to(device).eval()
+
+        def forward(images: Tensor) -> Tensor:
+            # transformers pools before its norm, too.
+            return ours.norm(ours.forward_stages(images)[-1].mean(1))
+
+        found = {}
+        if transformers is not None:
+            from tests.models.hiera_keys import official
+
+            config = transformers.HieraConfig(
+                image_size=[side, side], embed_dim=width, depths=list(stages)
+            )
+            theirs = transformers.HieraModel(config).to(device).eval()
+            ours.load_state_dict(official(theirs.state_dict(), stages))
+            found = _inference("transformers", lambda x: theirs(x).pooler_output, not quick)
+        return found | _inference("fastssl", forward, not quick)
+
+    return Case(
+        name="hiera_base_forward",
+        shape=f"B={batch} {side}x{side}",
+        dtype="bfloat16",
+        direction=FORWARD,
+        make_inputs=lambda device: (torch.randn(batch, 3, side, side, device=device),),
+        contenders=contenders,
+        ratios=RATIOS,
+        tolerance=TOLERANCE,
+        flops=count_flops,
+        images=batch,
+    )
+
+
+def _inference(name: str, forward: Callable, compiled: bool) -> dict[str, Contender]:
+    def contender(function: Callable) -> Contender:
+        def call(images: Tensor) -> tuple[Tensor, ...]:
+            with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16):
+                return (function(images),)
+
+        return call
+
+    found = {name: contender(forward)}
+    if compiled:
+        found[f"{name} compiled"] = contender(torch.compile(forward))
+    return found
 
 
 def _step_case(family: Family, batch: int, direction: str, compiled: bool) -> Case:
@@ -141,10 +213,7 @@ def _step_case(family: Family, batch: int, direction: str, compiled: bool) -> Ca
         direction=direction,
         make_inputs=make_inputs,
         contenders=contenders,
-        ratios={
-            "eager": ("transformers", "fastssl"),
-            "compiled": ("transformers compiled", "fastssl compiled"),
-        },
+        ratios=RATIOS,
         tolerance=TOLERANCE,
         flops=count_flops,
         images=batch,
@@ -158,13 +227,13 @@ def _contenders(
     if with_step:
         # A learning rate of 0 costs as much as any other and keeps the contenders comparable.
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.05, fused=True)
-    found = {name: _training_step(model, model, optimizer)}
+    found = {name: training_step(model, model, optimizer)}
     if compiled:
-        found[f"{name} compiled"] = _training_step(model, torch.compile(model), optimizer)
+        found[f"{name} compiled"] = training_step(model, torch.compile(model), optimizer)
     return found
 
 
-def _training_step(
+def training_step(
     model: nn.Module,
     forward: Callable,
     optimizer: torch.optim.Optimizer | None,

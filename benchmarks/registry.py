@@ -126,17 +126,23 @@ def _cannot_run_by_name(backend: str, op: str, device: torch.device) -> str | No
 def all_cases(quick: bool = False) -> list[Case]:
     """Every case; `quick` ones are small and only show that everything runs."""
     from benchmarks import (
+        cases_attention,
         cases_contrastive,
         cases_dino,
         cases_gram,
         cases_masking,
+        cases_mlp,
+        cases_norm,
         cases_optim,
+        cases_pool,
         cases_sinkhorn,
         cases_steps,
+        cases_throughput,
     )
 
     modules = (cases_masking, cases_dino, cases_sinkhorn, cases_contrastive, cases_gram)
-    modules = (*modules, cases_optim, cases_steps)
+    modules = (*modules, cases_optim, cases_attention, cases_pool, cases_mlp, cases_norm)
+    modules = (*modules, cases_steps, cases_throughput)
     return [case for module in modules for case in module.cases(quick)]
 
 

@@ -10,16 +10,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastssl.kernels.add_layer_norm import add_layer_norm
 from fastssl.kernels.barlow_twins import barlow_twins
 from fastssl.kernels.common.checks import check_shape, check_tensor
 from fastssl.kernels.covariance_loss import covariance_loss
 from fastssl.kernels.dino_cross_entropy import dino_cross_entropy
 from fastssl.kernels.ema_update import ema_update
+from fastssl.kernels.gelu_mlp import gelu_mlp
 from fastssl.kernels.gram_loss import gram_loss
 from fastssl.kernels.info_nce import info_nce
 from fastssl.kernels.keyed_uniform import keyed_uniform
 from fastssl.kernels.koleo import koleo
+from fastssl.kernels.linear import linear
 from fastssl.kernels.linear_dino_cross_entropy import linear_dino_cross_entropy
+from fastssl.kernels.mask_unit_attention import mask_unit_attention
+from fastssl.kernels.mask_unit_pool import mask_unit_pool
 from fastssl.kernels.masked_gather import masked_gather
 from fastssl.kernels.masked_patch_mse import masked_patch_mse
 from fastssl.kernels.masked_scatter import masked_scatter
@@ -37,15 +42,20 @@ __all__ = [
     "STREAM_EVAL",
     "STREAM_MASK",
     "STREAM_SHUFFLE",
+    "add_layer_norm",
     "barlow_twins",
     "covariance_loss",
     "dino_cross_entropy",
     "ema_update",
+    "gelu_mlp",
     "gram_loss",
     "info_nce",
     "keyed_uniform",
     "koleo",
+    "linear",
     "linear_dino_cross_entropy",
+    "mask_unit_attention",
+    "mask_unit_pool",
     "masked_gather",
     "masked_patch_embed",
     "masked_patch_mse",

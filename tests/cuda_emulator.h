@@ -63,9 +63,9 @@ inline char* shared_memory() { return this_block->memory[0].bytes; }
 inline void block_sync() { this_block->barrier.arrive_and_wait(); }
 inline void cluster_sync() { this_cluster->barrier.arrive_and_wait(); }
 
-inline const float* in_block(float* p, int rank) {
-  const char* other = this_cluster->members[size_t(rank)]->memory[0].bytes;
-  return reinterpret_cast<const float*>(other + (reinterpret_cast<char*>(p) - shared_memory()));
+inline float* in_block(float* p, int rank) {
+  char* other = this_cluster->members[size_t(rank)]->memory[0].bytes;
+  return reinterpret_cast<float*>(other + (reinterpret_cast<char*>(p) - shared_memory()));
 }
 
 template <class X>

@@ -9,27 +9,13 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#include "ranges.h"
 #include "softmax.h"
 
 namespace fastssl {
 
 // Columns whose sums stay in registers: eight of AVX-512.
 constexpr int64_t kStrip = 128;
-
-struct Range {
-  int64_t begin, end;
-  int64_t size() const { return end - begin; }
-};
-
-// Part `i` of `parts` equal ones of [0, n).
-inline Range part_of(int64_t n, int64_t i, int64_t parts) {
-  return {n * i / parts, n * (i + 1) / parts};
-}
-
-// Block `i` of blocks of `size` of [0, n).
-inline Range block_of(int64_t n, int64_t i, int64_t size) {
-  return {i * size, std::min(n, (i + 1) * size)};
-}
 
 struct Matrix {
   float* data;

@@ -11,6 +11,7 @@
 #include <optional>
 
 #include "pages.h"
+#include "ranges.h"
 #include "softmax.h"
 
 namespace fastssl {
@@ -24,13 +25,6 @@ constexpr float kSmallestSum = 0x1p-50f;
 constexpr float kLargestSum = 0x1p50f;
 // Larger ones are themselves uncertain by more than 2^-4.
 constexpr float kLargestTrustedShift = 0x1p20f;
-
-struct Range {
-  int64_t begin, end;
-};
-
-// Part `i` of `parts` equal ones of [0, n).
-Range part_of(int64_t n, int64_t i, int64_t parts) { return {n * i / parts, n * (i + 1) / parts}; }
 
 int64_t rows_in_use(const Tensor& logits, const std::optional<Tensor>& num_rows) {
   const int64_t rows = logits.size(0);

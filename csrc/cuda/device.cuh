@@ -54,7 +54,7 @@ FASTSSL_DEVICE void cluster_sync() {
 }
 
 // What `p` in this block's shared memory is in that of the cluster's block `rank`.
-FASTSSL_DEVICE const float* in_block(float* p, [[maybe_unused]] int rank) {
+FASTSSL_DEVICE float* in_block(float* p, [[maybe_unused]] int rank) {
 #if __CUDA_ARCH__ >= 900
   return cooperative_groups::this_cluster().map_shared_rank(p, rank);
 #else

@@ -12,9 +12,11 @@ constexpr int kWarps = kThreads / kWarp;
 
 Problem describe(const Tensor& student, const Tensor& teacher, double student_temp,
                  double teacher_temp, const Optional& temps, const Optional& center,
-                 const Optional& log_u, const Optional& num_rows) {
+                 const Optional& log_u, const Optional& num_rows,
+                 const Optional& student_scale = {}, const Optional& teacher_scale = {}) {
   check_cuda(student, "student"), check_cuda(teacher, "teacher");
   STD_TORCH_CHECK(student.scalar_type() == teacher.scalar_type(), "logits must have one dtype");
+  STD_TORCH_CHECK(student_scale.has_value() == teacher_scale.has_value(), "one scale is missing");
   Problem p{};
   p.student = student.const_data_ptr(), p.teacher = teacher.const_data_ptr();
   p.S = int(student.size(0)), p.T = int(teacher.size(0));
@@ -23,6 +25,7 @@ Problem describe(const Tensor& student, const Tensor& teacher, double student_te
   p.temps = input<float>(temps), p.center = input<float>(center), p.log_u = input<float>(log_u);
   p.log_u_stride = log_u && log_u->size(0) > 1 ? log_u->stride(0) : 0;
   p.num_rows = input<int64_t>(num_rows);
+  p.student_scale = input<float>(student_scale), p.teacher_scale = input<float>(teacher_scale);
   return p;
 }
 
@@ -33,14 +36,14 @@ bool in_vectors(const Problem& p, const Tensor& student, const Tensor& teacher, 
          (!out || is_aligned(*out));
 }
 
-template <bool kFused>
+template <bool kFused, bool kScaled>
 void view_pass(const Problem& p, const Pass& a, const Tensor& student, const Tensor& teacher,
                const Tensor* out) {
   with_type(student.scalar_type(), in_vectors(p, student, teacher, out), [&](auto* type, auto v) {
     using X = std::remove_pointer_t<decltype(type)>;
     const Memory<X> memory(nullptr, p.S, p.T, a, kWarps, kFused);
-    launch(view_pass_kernel<X, decltype(v)::value, kFused>, int64_t(a.slices) * a.cells, kThreads,
-           memory.bytes, kFused ? a.cells : 0, current_stream(student), p, a);
+    launch(view_pass_kernel<X, decltype(v)::value, kFused, kScaled>, int64_t(a.slices) * a.cells,
+           kThreads, memory.bytes, kFused ? a.cells : 0, current_stream(student), p, a);
   });
 }
 
@@ -55,18 +58,38 @@ void totals(const Problem& p, Tensor& per_image, Tensor& loss, Tensor& entropy, 
          input<float>(per_image), output<float>(loss), output<float>(entropy), output<float>(norm));
 }
 
-// Fills parts [B, width, cells], and teacher_sums [slices, K] where wanted.
+// Fills the columns of parts [B, width, C] from `first` on, and teacher_sums [slices, K] where
+// wanted. Scales [K] multiply the logits.
 void parts(Tensor student, Tensor teacher, double student_temp, double teacher_temp, Optional temps,
-           Optional center, Optional log_u, Optional num_rows, int64_t W, int64_t slices,
-           Tensor parts, Optional teacher_sums) {
+           Optional center, Optional log_u, Optional student_scale, Optional teacher_scale,
+           Optional num_rows, int64_t W, int64_t first, int64_t slices, Tensor parts,
+           Optional teacher_sums) {
   const DeviceGuard guard(student.get_device_index());
-  const Problem p =
-      describe(student, teacher, student_temp, teacher_temp, temps, center, log_u, num_rows);
+  const Problem p = describe(student, teacher, student_temp, teacher_temp, temps, center, log_u,
+                             num_rows, student_scale, teacher_scale);
+  STD_TORCH_CHECK(W > 0, "W must be positive");
   Pass a{};
-  a.cells = int(parts.size(2)), a.W = int(W), a.slices = int(slices);
-  a.parts = output<float>(parts), a.sums = teacher_sums ? output<float>(*teacher_sums) : nullptr;
+  a.cells = int((p.K + W - 1) / W), a.W = int(W), a.slices = int(slices);
+  a.columns = int(parts.size(2));
+  a.parts = output<float>(parts) + first;
+  a.sums = teacher_sums ? output<float>(*teacher_sums) : nullptr;
   check_pass(p, a);
-  view_pass<false>(p, a, student, teacher, nullptr);
+  STD_TORCH_CHECK(first + a.cells <= a.columns, "parts have too few columns");
+  if (student_scale) {
+    view_pass<false, true>(p, a, student, teacher, nullptr);
+  } else {
+    view_pass<false, false>(p, a, student, teacher, nullptr);
+  }
+}
+
+// Merges the first C columns of parts into the first one.
+void collapse(int64_t S, int64_t T, Optional num_rows, int64_t C, Tensor parts) {
+  const DeviceGuard guard(parts.get_device_index());
+  check_cuda(parts, "parts");
+  Problem p{};
+  p.S = int(S), p.T = int(T), p.B = parts.size(0), p.num_rows = input<int64_t>(num_rows);
+  launch(collapse_kernel, p.B, kThreads, 0, 0, current_stream(parts), p, output<float>(parts),
+         parts.size(2), int(C));
 }
 
 // From the parts to statistics and the loss; `norm` is what the weighted sum is multiplied by.
@@ -85,20 +108,23 @@ void combine(Tensor parts, Optional log_v, Optional row_weights, Optional num_ro
   totals(p, per_image, loss, entropy, norm);
 }
 
+// dstudent may be the student's logits.
 void gradient(Tensor dloss, Tensor student, Tensor teacher, double student_temp,
               double teacher_temp, Optional temps, Optional center, Optional log_u,
-              Optional num_rows, Optional row_weights, bool skip_same_view, int64_t W,
-              Tensor student_stats, Tensor teacher_stats, Tensor norm, Tensor dstudent) {
+              Optional student_scale, Optional teacher_scale, Optional num_rows,
+              Optional row_weights, bool skip_same_view, int64_t W, Tensor student_stats,
+              Tensor teacher_stats, Tensor norm, Tensor dstudent) {
   const DeviceGuard guard(student.get_device_index());
-  Problem p =
-      describe(student, teacher, student_temp, teacher_temp, temps, center, log_u, num_rows);
+  Problem p = describe(student, teacher, student_temp, teacher_temp, temps, center, log_u, num_rows,
+                       student_scale, teacher_scale);
   p.weights = input<float>(row_weights), p.skip_same_view = skip_same_view;
   const int cells = int((p.K + W - 1) / W);
   const bool vectors = in_vectors(p, student, teacher, &dstudent);
   with_type(student.scalar_type(), vectors, [&](auto* type, auto v) {
     using X = std::remove_pointer_t<decltype(type)>;
-    launch(gradient_kernel<X, decltype(v)::value>, p.B * cells, kThreads, p.T * W * 4, 0,
-           current_stream(student), p, cells, int(W), input<float>(dloss),
+    constexpr int V = decltype(v)::value;
+    launch(student_scale ? gradient_kernel<X, V, true> : gradient_kernel<X, V, false>, p.B * cells,
+           kThreads, p.T * W * 4, 0, current_stream(student), p, cells, int(W), input<float>(dloss),
            input<float>(student_stats), input<float>(teacher_stats), input<float>(norm),
            output<X>(dstudent));
   });
@@ -121,7 +147,7 @@ void fused(Tensor student, Tensor teacher, double student_temp, double teacher_t
   a.student_stats = output<float>(student_stats), a.teacher_stats = output<float>(teacher_stats);
   a.per_image = output<float>(per_image), a.dstudent = dstudent.mutable_data_ptr();
   check_pass(p, a);
-  view_pass<true>(p, a, student, teacher, &dstudent);
+  view_pass<true, false>(p, a, student, teacher, &dstudent);
   totals(p, per_image, loss, entropy, norm);
 }
 
@@ -155,8 +181,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastssl_cuda, m) {
   m.def("runs_on(int device) -> bool");
   m.def(
       "dino_cross_entropy_parts(Tensor student, Tensor teacher, float student_temp, "
-      "float teacher_temp, Tensor? temps, Tensor? center, Tensor? log_u, Tensor? num_rows, int W, "
-      "int slices, Tensor(a!) parts, Tensor(b!)? teacher_sums) -> ()");
+      "float teacher_temp, Tensor? temps, Tensor? center, Tensor? log_u, Tensor? student_scale, "
+      "Tensor? teacher_scale, Tensor? num_rows, int W, int first, int slices, Tensor(a!) parts, "
+      "Tensor(b!)? teacher_sums) -> ()");
+  m.def(
+      "dino_cross_entropy_collapse(int S, int T, Tensor? num_rows, int C, Tensor(a!) parts) -> ()");
   m.def(
       "dino_cross_entropy_combine(Tensor(a!) parts, Tensor? log_v, Tensor? row_weights, "
       "Tensor? num_rows, bool skip_same_view, bool mean, Tensor(b!) per_image, "
@@ -165,8 +194,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastssl_cuda, m) {
   m.def(
       "dino_cross_entropy_gradient(Tensor dloss, Tensor student, Tensor teacher, "
       "float student_temp, float teacher_temp, Tensor? temps, Tensor? center, Tensor? log_u, "
-      "Tensor? num_rows, Tensor? row_weights, bool skip_same_view, int W, Tensor student_stats, "
-      "Tensor teacher_stats, Tensor norm, Tensor(a!) dstudent) -> ()");
+      "Tensor? student_scale, Tensor? teacher_scale, Tensor? num_rows, Tensor? row_weights, "
+      "bool skip_same_view, int W, Tensor student_stats, Tensor teacher_stats, Tensor norm, "
+      "Tensor(a!) dstudent) -> ()");
   m.def(
       "dino_cross_entropy_fused(Tensor student, Tensor teacher, float student_temp, "
       "float teacher_temp, Tensor? temps, Tensor? center, Tensor? log_u, Tensor? log_v, "
@@ -179,6 +209,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastssl_cuda, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastssl_cuda, CUDA, m) {
   m.impl("dino_cross_entropy_parts", TORCH_BOX(&parts));
+  m.impl("dino_cross_entropy_collapse", TORCH_BOX(&collapse));
   m.impl("dino_cross_entropy_combine", TORCH_BOX(&combine));
   m.impl("dino_cross_entropy_gradient", TORCH_BOX(&gradient));
   m.impl("dino_cross_entropy_fused", TORCH_BOX(&fused));

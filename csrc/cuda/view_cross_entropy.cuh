@@ -29,6 +29,7 @@ struct Problem {
   const float* log_v;       // [T, B]
   const float* weights;     // [B]
   const int64_t* num_rows;  // []; images from there on are ignored
+  const float *student_scale, *teacher_scale;  // [K], times the logits, with kScaled
   int64_t B, K, log_u_stride;
   int S, T;
   double student_temp, teacher_temp;
@@ -53,7 +54,8 @@ struct Layout {
 // of images, of which set i holds i, i + slices, ...
 struct Pass {
   int cells, W, slices;
-  float* parts;  // [B, width, cells], unless fused
+  int columns;   // of parts, of which the first cell's comes first
+  float* parts;  // [B, width, columns], unless fused
   float* sums;   // [slices, K], the teacher's logits summed over the set's images; may be null
   // Of the fused pass.
   float *student_stats, *teacher_stats;  // [S, B, 2], [T, B, 2]
@@ -115,6 +117,11 @@ FASTSSL_DEVICE int64_t rows_in_use(const Problem& p) {
   return rows < 0 ? 0 : rows > p.B ? p.B : rows;
 }
 
+template <bool kScaled>
+FASTSSL_DEVICE float scaled(float x, const float* scale, int64_t k) {
+  return kScaled ? multiply(x, scale[k]) : x;
+}
+
 FASTSSL_DEVICE float teacher_score(const Problem& p, float x, int t, int64_t k, float f) {
   if (p.center) return multiply(x - p.center[k], f);
   if (p.log_u) return fmaf(x, f, multiply(p.log_u[t * p.log_u_stride + k], kLog2e));
@@ -141,7 +148,7 @@ FASTSSL_DEVICE void read_rows(const X* __restrict__ from, int64_t stride, int co
 
 // Reads all views of an image into shared memory, the teacher's as scores; the views' largest
 // logits and scores go to the warps' scratch.
-template <class X, int V>
+template <class X, int V, bool kScaled>
 FASTSSL_DEVICE void read_image(const Problem& p, const Pass& a, const Memory<X>& m,
                                const Factors& f, int64_t b, int64_t k, int n) {
   const Layout at{p.S, p.T};
@@ -153,7 +160,7 @@ FASTSSL_DEVICE void read_image(const Problem& p, const Pass& a, const Memory<X>&
     read_rows<V, 1>(teacher + t * p.B * p.K, 0, 1, n, [&](int, int j, const Vector<X, V>& raw) {
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        const float x = to_float(raw.x[v]);
+        const float x = scaled<kScaled>(to_float(raw.x[v]), p.teacher_scale, k + j + v);
         const float score = teacher_score(p, x, t, k + j + v, f.teacher);
         if (a.sums) m.sums[j + v] += x;
         m.e[t * a.W + j + v] = score;
@@ -167,14 +174,15 @@ FASTSSL_DEVICE void read_image(const Problem& p, const Pass& a, const Memory<X>&
     float top[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) top[i] = -FLT_MAX;
-    read_rows<V, kInFlight>(student + s * p.B * p.K, p.B * p.K, p.S - s, n,
-                            [&](int i, int j, const Vector<X, V>& raw) {
-                              store<V>(raw, m.student + (s + i) * a.W + j);
+    read_rows<V, kInFlight>(
+        student + s * p.B * p.K, p.B * p.K, p.S - s, n, [&](int i, int j, const Vector<X, V>& raw) {
+          store<V>(raw, m.student + (s + i) * a.W + j);
 #pragma unroll
-                              for (int v = 0; v < V; ++v) {
-                                top[i] = fmaxf(top[i], to_float(raw.x[v]));
-                              }
-                            });
+          for (int v = 0; v < V; ++v) {
+            const float x = to_float(raw.x[v]);
+            top[i] = fmaxf(top[i], scaled<kScaled>(x, p.student_scale, k + j + v));
+          }
+        });
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       if (s + i >= p.S) continue;
@@ -218,9 +226,9 @@ FASTSSL_DEVICE void teacher_parts(const Problem& p, const Pass& a, const Memory<
 }
 
 // A student view's sum of e and its products with the teacher views, two of which ride along.
-template <class X, int V>
+template <class X, int V, bool kScaled>
 FASTSSL_DEVICE void student_parts(const Problem& p, const Pass& a, const Memory<X>& m,
-                                  const Factors& f, int n) {
+                                  const Factors& f, int64_t k, int n) {
   const Layout at{p.S, p.T};
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
   for (int s = 0; s < p.S; ++s) {
@@ -233,7 +241,8 @@ FASTSSL_DEVICE void student_parts(const Problem& p, const Pass& a, const Memory<
         const Vector<X, V> raw = load<V>(m.student + s * a.W + j);
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-          const float y = fmaf(to_float(raw.x[v]), f.student, -top);
+          const float x = scaled<kScaled>(to_float(raw.x[v]), p.student_scale, k + j + v);
+          const float y = fmaf(x, f.student, -top);
           if (t == 0) sum += exp2_fast(y);
           first = fmaf(e0[j + v], y, first);
           second = fmaf(e1[j + v], y, second);
@@ -329,6 +338,50 @@ FASTSSL_DEVICE void combine_image(const Problem& p, const float* parts, int C, i
   per_image[0] = float(loss), per_image[1] = float(entropy);
 }
 
+// Merges the first C columns of an image's parts, whose rows are `stride` apart, into the first.
+FASTSSL_DEVICE void collapse_image(int S, int T, float* parts, int64_t stride, int C) {
+  const Layout at{S, T};
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  const auto largest = [&](const float* max) {
+    float top = -FLT_MAX;
+    for (int c = lane; c < C; c += kWarp) top = fmaxf(top, max[c]);
+    return warp_max(top);
+  };
+  for (int t = warp; t < T; t += warps) {
+    float *max = parts + at.teacher(t) * stride, *sum = max + stride, *weighted = sum + stride;
+    const float top = largest(max);
+    double z = 0.0, below = 0.0;
+    for (int c = lane; c < C; c += kWarp) {
+      const float lower = max[c] - top, e = exp2_fast(lower);
+      z += double(e * sum[c]);
+      below += double(e * (weighted[c] + lower * sum[c]));
+    }
+    z = warp_sum(z), below = warp_sum(below);
+    for (int s = 0; s < S; ++s) {
+      const float* student = parts + at.student(s) * stride;
+      float* pair = parts + at.pair(s, t) * stride;
+      const float student_top = largest(student);
+      double cross = 0.0;
+      for (int c = lane; c < C; c += kWarp) {
+        cross += double(exp2_fast(max[c] - top) * (pair[c] + (student[c] - student_top) * sum[c]));
+      }
+      cross = warp_sum(cross);
+      if (lane == 0) pair[0] = float(cross);
+    }
+    if (lane == 0) max[0] = top, sum[0] = float(z), weighted[0] = float(below);
+  }
+  // The pairs needed the students' maxima.
+  block_sync();
+  for (int s = warp; s < S; s += warps) {
+    float *max = parts + at.student(s) * stride, *sum = max + stride;
+    const float top = largest(max);
+    double z = 0.0;
+    for (int c = lane; c < C; c += kWarp) z += double(exp2_fast(max[c] - top) * sum[c]);
+    z = warp_sum(z);
+    if (lane == 0) max[0] = top, sum[0] = float(z);
+  }
+}
+
 // What the weighted sum over pairs and images is multiplied by.
 FASTSSL_DEVICE double norm_of(const Problem& p, int64_t rows, double* scratch) {
   if (!p.mean) return 1.0;
@@ -355,7 +408,7 @@ FASTSSL_DEVICE void zero_gradient(const Problem& p, X* dstudent, int64_t b, int6
 
 // The student's gradient in a block's columns. `student` and its views `student_stride` apart are
 // those of column 0; e [T, W] holds the teacher's probabilities; `gain` is all that multiplies.
-template <class X, int V>
+template <class X, int V, bool kScaled>
 FASTSSL_DEVICE void write_gradient(const Problem& p, const X* student, int64_t student_stride,
                                    const float* e, int W, const float* student_stats,
                                    int64_t stats_stride, const Factors& f, float gain, int64_t b,
@@ -381,8 +434,9 @@ FASTSSL_DEVICE void write_gradient(const Problem& p, const X* student, int64_t s
       Vector<X, V> out;
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        const float q = exp2_fast(fmaf(to_float(raw.x[v]), f.student, -top)) * factor;
-        convert((q - target[v]) * gain, &out.x[v]);
+        const float x = scaled<kScaled>(to_float(raw.x[v]), p.student_scale, k + j + v);
+        const float q = exp2_fast(fmaf(x, f.student, -top)) * factor;
+        convert(scaled<kScaled>((q - target[v]) * gain, p.student_scale, k + j + v), &out.x[v]);
       }
       store<V>(out, dstudent + (s * p.B + b) * p.K + k + j);
     }
@@ -426,10 +480,11 @@ FASTSSL_DEVICE void finish_image(const Problem& p, const Pass& a, const Memory<X
       for (int v = 0; v < V; ++v) m.e[t * a.W + j + v] *= scale;
     }
   }
-  write_gradient<X, V>(p, m.student, a.W, m.e, a.W, m.student_stats, 2, f, gain, b, k, n, dstudent);
+  write_gradient<X, V, false>(p, m.student, a.W, m.e, a.W, m.student_stats, 2, f, gain, b, k, n,
+                              dstudent);
 }
 
-template <class X, int V, bool kFused>
+template <class X, int V, bool kFused, bool kScaled>
 __global__ void __launch_bounds__(kThreads, 2) view_pass_kernel(Problem p, Pass a) {
   const int cell = blockIdx.x % a.cells, slice = blockIdx.x / a.cells;
   const int64_t k = int64_t(cell) * a.W;
@@ -448,17 +503,17 @@ __global__ void __launch_bounds__(kThreads, 2) view_pass_kernel(Problem p, Pass 
       if (kFused) zero_gradient<X, V>(p, static_cast<X*>(a.dstudent), b, k, n);
       continue;
     }
-    read_image<X, V>(p, a, m, f, b, k, n);
+    read_image<X, V, kScaled>(p, a, m, f, b, k, n);
     block_sync();
     teacher_parts(p, a, m, n, V);
-    student_parts<X, V>(p, a, m, f, n);
+    student_parts<X, V, kScaled>(p, a, m, f, k, n);
     block_sync();
     if (kFused) {
       block_parts(p, f, m.scratch, m.part, 1);
       finish_image<X, V>(p, a, m, f, norm, b, cell, k, n);
     } else {
       const int64_t width = Layout{p.S, p.T}.width();
-      block_parts(p, f, m.scratch, a.parts + b * width * a.cells + cell, a.cells);
+      block_parts(p, f, m.scratch, a.parts + b * width * a.columns + cell, a.columns);
     }
     // Before the next image's maxima take the place of this one's sums.
     block_sync();
@@ -468,6 +523,13 @@ __global__ void __launch_bounds__(kThreads, 2) view_pass_kernel(Problem p, Pass 
       for (int v = 0; v < V; ++v) a.sums[slice * p.K + k + j + v] = m.sums[j + v];
     }
   }
+}
+
+// One block per image.
+__global__ void __launch_bounds__(kThreads)
+    collapse_kernel(Problem p, float* parts, int64_t stride, int C) {
+  const int64_t b = blockIdx.x, width = Layout{p.S, p.T}.width();
+  if (b < rows_in_use(p)) collapse_image(p.S, p.T, parts + b * width * stride, stride, C);
 }
 
 // One block per image; shared memory: S + 2 T doubles.
@@ -498,9 +560,10 @@ __global__ void __launch_bounds__(kThreads)
   *norm = float(factor);
 }
 
-// One block per image and W prototypes; shared memory: e [T, W].
-template <class X, int V>
-__global__ void __launch_bounds__(kThreads)
+// One block per image and W prototypes; shared memory: e [T, W]. dstudent may be the student's
+// logits.
+template <class X, int V, bool kScaled>
+__global__ void __launch_bounds__(kThreads, 4)
     gradient_kernel(Problem p, int cells, int W, const float* dloss, const float* student_stats,
                     const float* teacher_stats, const float* norm, X* dstudent) {
   const int64_t b = blockIdx.x / cells, k = int64_t(blockIdx.x % cells) * W;
@@ -521,13 +584,14 @@ __global__ void __launch_bounds__(kThreads)
     read_rows<V, 1>(teacher + t * p.B * p.K, 0, 1, n, [&](int, int j, const Vector<X, V>& raw) {
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        const float score = teacher_score(p, to_float(raw.x[v]), t, k + j + v, f.teacher);
+        const float x = scaled<kScaled>(to_float(raw.x[v]), p.teacher_scale, k + j + v);
+        const float score = teacher_score(p, x, t, k + j + v, f.teacher);
         e[t * W + j + v] = exp2_fast(score - top) * factor;
       }
     });
   }
-  write_gradient<X, V>(p, student, p.B * p.K, e, W, student_stats + 2 * b, 2 * p.B, f, gain, b, k,
-                       n, dstudent);
+  write_gradient<X, V, kScaled>(p, student, p.B * p.K, e, W, student_stats + 2 * b, 2 * p.B, f,
+                                gain, b, k, n, dstudent);
 }
 
 // x *= factor, where factor is not 1.

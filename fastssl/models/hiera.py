@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastssl import functional
 from fastssl.nn import NormLayer, PatchEmbed, interpolate_pos_embed
+from fastssl.nn.checkpoint import BlockCheckpointing
 from fastssl.nn.mask_units import HieraBlock, UnitLayout
 
 
@@ -29,7 +30,7 @@ class Head(nn.Module):
         return x if self.training else x.softmax(dim=-1)
 
 
-class Hiera(nn.Module):
+class Hiera(nn.Module, BlockCheckpointing):
     """Hierarchical vision transformer of global attention and attention within mask units.
 
     `input_size` is (H, W), or (T, H, W) with the other sizes in three dimensions as well. Inputs of
@@ -195,7 +196,7 @@ class Hiera(nn.Module):
             x = x + F.embedding(ids_keep, unit_pos).view(x.shape)
         outputs = []
         for i, block in enumerate(self.blocks):
-            x = block(x)
+            x = self.run_block(block, x)
             if i in self.stage_ends:
                 outputs.append(x)
         return outputs

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from fastssl import functional
 from fastssl.models.hiera import VIDEO, WIDTHS, Hiera, count_kept_units
-from fastssl.nn import NormLayer, interpolate_pos_embed
+from fastssl.nn import Linear, NormLayer, interpolate_pos_embed
 from fastssl.nn.mask_units import HieraBlock, UnitLayout
+from fastssl.nn.norm import layer_norm
 
 
 class FusionHead(nn.Module):
@@ -96,7 +97,7 @@ class MaskedAutoencoderHiera(Hiera):
             FusionHead(dim, self.num_features, layout)
             for dim, layout in zip(self.stage_dims, self.layouts[: self.q_pool], strict=False)
         )
-        self.decoder_embed = nn.Linear(self.num_features, decoder_embed_dim)
+        self.decoder_embed = Linear(self.num_features, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
         num_tokens = math.prod(self.tokens_spatial_shape_final)
         self.decoder_pos_embed = nn.Parameter(torch.empty(1, num_tokens, decoder_embed_dim))
@@ -111,7 +112,7 @@ class MaskedAutoencoderHiera(Hiera):
             for _ in range(decoder_depth)
         )
         self.decoder_norm = norm_layer(decoder_embed_dim)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, math.prod(self.pred_size[-2:]) * in_chans)
+        self.decoder_pred = Linear(decoder_embed_dim, math.prod(self.pred_size[-2:]) * in_chans)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -185,8 +186,8 @@ class MaskedAutoencoderHiera(Hiera):
         )
         x = functional.masked_scatter(self.decoder_embed(latent), self.mask_token, ids, pos_embed)
         for block in self.decoder_blocks:
-            x = block(x)
-        return self.decoder_pred(self.decoder_norm(x)), ids < latent.shape[1]
+            x = self.run_block(block, x)
+        return self.decoder_pred(layer_norm(self.decoder_norm, x)), ids < latent.shape[1]
 
     def predict(
         self,

@@ -11,10 +11,12 @@ from fastssl.models.vit import Size, ViTEncoder
 from fastssl.nn import (
     LAYER_NORM,
     Block,
+    Linear,
     NormLayer,
     interpolate_pos_embed,
     sincos_pos_embed_2d,
 )
+from fastssl.nn.norm import layer_norm
 
 
 class MaskedAutoencoderViT(ViTEncoder):
@@ -48,7 +50,7 @@ class MaskedAutoencoderViT(ViTEncoder):
             img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, norm_layer
         )
         self.norm_pix_loss = norm_pix_loss
-        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.decoder_embed = Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
         num_tokens = self.pos_embed.shape[1]
         self.decoder_pos_embed = nn.Parameter(torch.empty(1, num_tokens, decoder_embed_dim))
@@ -57,7 +59,7 @@ class MaskedAutoencoderViT(ViTEncoder):
             for _ in range(decoder_depth)
         )
         self.decoder_norm = norm_layer(decoder_embed_dim)
-        self.decoder_pred = nn.Linear(
+        self.decoder_pred = Linear(
             decoder_embed_dim, self.patch_size[0] * self.patch_size[1] * in_chans
         )
         self.pos_embed.requires_grad_(False)
@@ -129,8 +131,8 @@ class MaskedAutoencoderViT(ViTEncoder):
             self.decoder_embed(x), self.mask_token, ids_restore, pos_embed, num_prefix_tokens=1
         )
         for block in self.decoder_blocks:
-            x = block(x)
-        return self.decoder_pred(self.decoder_norm(x[:, 1:]))
+            x = self.run_block(block, x)
+        return self.decoder_pred(layer_norm(self.decoder_norm, x[:, 1:]))
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         """Mean squared error of the patches whose mask is 1, a scalar."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.nn import LAYER_NORM, Block, NormLayer, PatchEmbed, interpolate_pos_embed
+from fastssl.nn.checkpoint import BlockCheckpointing
 
 Size = int | tuple[int, int]
 POOLS = ("token", "avg")
@@ -23,7 +24,7 @@ def pair(name: str, value: Size) -> tuple[int, int]:
     return sides
 
 
-class ViTEncoder(nn.Module):
+class ViTEncoder(nn.Module, BlockCheckpointing):
     """What every ViT here shares: patch embedding, prefix tokens, positions, blocks, norm.
 
     Parameters are left uninitialised: a subclass adds its own and calls `init_weights`.
@@ -109,7 +110,7 @@ class ViTEncoder(nn.Module):
             prefix.append(self.register_tokens)
         x = torch.cat([*(p.expand(len(x), -1, -1) for p in prefix), x + patch_pos], dim=1)
         for block in self.blocks:
-            x = block(x)
+            x = self.run_block(block, x)
         return self.norm(x)
 
     def _put_mask_token(self, x: Tensor, masks: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from fastssl.nn.heads import (
     SwAVPrototypes,
     VICRegProjectionHead,
 )
+from fastssl.nn.linear import Linear
 from fastssl.nn.mlp import Mlp
 from fastssl.nn.patch_embed import PatchEmbed
 from fastssl.nn.pos_embed import interpolate_pos_embed, sincos_pos_embed_2d
@@ -34,6 +35,7 @@ __all__ = [
     "DropPath",
     "HeadOutput",
     "LayerScale",
+    "Linear",
     "MSNProjectionHead",
     "Mlp",
     "MoCoPredictionHead",

@@ -2,7 +2,8 @@
 
 from torch import Tensor, nn
 
-from fastssl.nn.sdpa import attend
+from fastssl.nn.linear import Linear
+from fastssl.nn.sdpa import self_attention
 
 
 class Attention(nn.Module):
@@ -16,12 +17,8 @@ class Attention(nn.Module):
         if dim % num_heads:
             raise ValueError(f"dim must be divisible by num_heads={num_heads}, got {dim}")
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        # [B, N, 3, H, D/H] -> three of [B, H, N, D/H]
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv.transpose(1, 3).unbind(2)
-        x = attend(q, k, v)  # [B, H, N, D/H]
-        return self.proj(x.transpose(1, 2).flatten(2))
+        return self.proj(self_attention(self.qkv(x), self.num_heads))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastssl.nn.attention import Attention
 from fastssl.nn.drop_path import DropPath
 from fastssl.nn.mlp import Mlp
+from fastssl.nn.norm import add_layer_norm, layer_norm
 
 NormLayer = Callable[[int], nn.Module]
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)  # the eps of every ViT that was released
@@ -61,5 +62,17 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+        drop_path = self.drop_path
+        if drop_path.num_kept(x.shape[0]) < x.shape[0]:
+            x = drop_path.add_branch(x, x, self._attend)
+            return drop_path.add_branch(x, x, self._feed_forward)
+        branch = self.attn(layer_norm(self.norm1, x))
+        gamma = self.ls1.gamma if isinstance(self.ls1, LayerScale) else None
+        x, y = add_layer_norm(self.norm2, x, branch, gamma=gamma, scale=drop_path.draw(x))
+        return x + drop_path(self.ls2(self.mlp(y)))
+
+    def _attend(self, x: Tensor) -> Tensor:
+        return self.ls1(self.attn(layer_norm(self.norm1, x)))
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return self.ls2(self.mlp(layer_norm(self.norm2, x)))

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastssl import functional
 from fastssl.nn.block import NormLayer
 from fastssl.nn.drop_path import DropPath
+from fastssl.nn.linear import Linear
 from fastssl.nn.mlp import Mlp
-from fastssl.nn.sdpa import attend
+from fastssl.nn.norm import add_layer_norm, layer_norm
+from fastssl.nn.sdpa import self_attention
 
 
 @dataclass(frozen=True)
@@ -94,39 +97,6 @@ class UnitLayout:
         return sizes, axes
 
 
-def pool_units(x: Tensor, q_stride: int, pooled_size: int, dim: int = 1) -> Tensor:
-    """Maximum over the members of each pooling group, along the token axis `dim`.
-
-    A unit has q_stride * pooled_size tokens there (see `UnitLayout`) and pooled_size afterwards.
-    """
-    x = x.unflatten(dim, (-1, q_stride, pooled_size)).max(dim=dim + 1).values
-    return x.flatten(dim, dim + 1)
-
-
-def mask_unit_attention(
-    qkv: Tensor,  # [B, N, 3 * D], (q, k, v) outermost, heads next
-    num_heads: int,
-    *,
-    q_stride: int = 1,
-    pooled_size: int = 0,
-    global_attention: bool = False,
-) -> Tensor:  # [B, N / q_stride, D]
-    """Attention among the tokens of each mask unit, or of the whole image, after query pooling.
-
-    Units are contiguous, of q_stride * pooled_size tokens each; `q_stride` > 1 pools the queries to
-    pooled_size per unit. Units are folded into the batch, so that torch's fused kernels take them.
-    """
-    batch, num_tokens, _ = qkv.shape
-    if not global_attention:
-        qkv = qkv.unflatten(1, (-1, q_stride * pooled_size)).flatten(0, 1)
-    # [B * windows, tokens, 3, H, D/H] -> three of [B * windows, H, tokens, D/H]
-    q, k, v = qkv.unflatten(2, (3, num_heads, -1)).transpose(1, 3).unbind(2)
-    if q_stride > 1:
-        q = pool_units(q, q_stride, pooled_size, dim=2)
-    x = attend(q, k, v)
-    return x.transpose(1, 2).reshape(batch, num_tokens // q_stride, -1)
-
-
 class MaskUnitAttention(nn.Module):
     """Self-attention within mask units or global, optionally pooling the queries.
 
@@ -156,18 +126,18 @@ class MaskUnitAttention(nn.Module):
         self.q_stride = q_stride
         self.window_size = window_size
         self.use_mask_unit_attn = use_mask_unit_attn
-        self.qkv = nn.Linear(dim, 3 * dim_out)
-        self.proj = nn.Linear(dim_out, dim_out)
+        self.qkv = Linear(dim, 3 * dim_out)
+        self.proj = Linear(dim_out, dim_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = mask_unit_attention(
-            self.qkv(x),
-            self.heads,
-            q_stride=self.q_stride,
-            pooled_size=self.window_size,
-            global_attention=not self.use_mask_unit_attn,
-        )
-        return self.proj(x)
+        unit_size = self.q_stride * self.window_size if self.use_mask_unit_attn else None
+        qkv, q_stride = self.qkv(x), self.q_stride
+        if q_stride > 1 and unit_size is None:
+            # Pooling groups are spread over their unit; here the image must be the unit. The order
+            # of keys does not matter.
+            groups = qkv.unflatten(1, (-1, q_stride, self.window_size))
+            qkv = groups.transpose(1, 2).flatten(1, 3)
+        return self.proj(self_attention(qkv, self.heads, unit_size=unit_size, q_stride=q_stride))
 
 
 class HieraBlock(nn.Module):
@@ -199,13 +169,19 @@ class HieraBlock(nn.Module):
         self.norm2 = norm_layer(dim_out)
         self.mlp = Mlp(dim_out, int(dim_out * mlp_ratio), act_layer=act_layer)
         self.drop_path = DropPath(drop_path)
-        self.proj = nn.Linear(dim, dim_out) if dim != dim_out else None
+        self.proj = Linear(dim, dim_out) if dim != dim_out else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x_norm = self.norm1(x)
+        x_norm = layer_norm(self.norm1, x)
         if self.proj is not None:
             x = self.proj(x_norm)
-        if self.attn.q_stride > 1:
-            x = pool_units(x, self.attn.q_stride, self.attn.window_size)
-        x = x + self.drop_path(self.attn(x_norm))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        q_stride = self.attn.q_stride
+        if q_stride > 1:
+            unit_size = q_stride * self.attn.window_size
+            x = functional.mask_unit_pool(x, unit_size=unit_size, q_stride=q_stride)
+        drop_path = self.drop_path
+        if drop_path.num_kept(x.shape[0]) < x.shape[0]:
+            x = drop_path.add_branch(x, x_norm, self.attn)
+            return drop_path.add_branch(x, x, lambda y: self.mlp(layer_norm(self.norm2, y)))
+        x, y = add_layer_norm(self.norm2, x, self.attn(x_norm), scale=drop_path.draw(x))
+        return x + drop_path(self.mlp(y))

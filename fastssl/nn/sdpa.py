@@ -1,31 +1,89 @@
-"""Scaled dot-product attention, by whichever formula is fast where it runs."""
+"""Self-attention by whichever implementation is fast where it runs.
+
+B images, N tokens, H heads, D = H * d channels.
+"""
+
+import importlib
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastssl import functional
+from fastssl.kernels.common import dispatch, env
+
 # torch's CUDA kernels put the batch into a grid dimension that ends here (pytorch #142228).
 MAX_BATCH = 65_535
 # Above this many keys the written-out scores take too much memory to be worth their speed.
 MAX_EXPLICIT_KEYS = 1024
+# Up to so many keys mask_unit_attention's kernels are taken: measured against torch's on a CPU; not
+# yet on a GPU, so there only for mask units, which torch's kernels would pad.
+MAX_FUSED_KEYS = {"cpu": 256, "cuda": 64}
+
+
+def self_attention(
+    qkv: Tensor,  # [B, N, 3 * D], (q, k, v) outermost, heads next
+    num_heads: int,
+    *,
+    unit_size: int | None = None,
+    q_stride: int = 1,
+) -> Tensor:  # [B, N / q_stride, D]
+    """Attention within units of `unit_size` tokens, after pooling of the queries by `q_stride`.
+
+    Arguments as `functional.mask_unit_attention`, whose kernels serve short units and sequences.
+    Otherwise units are folded into the batch and `attend` is called. FASTSSL_ATTENTION names an
+    implementation for everything: "torch", "flash_attn" or "xformers".
+    """
+    batch, num_tokens, _ = qkv.shape
+    unit_size = unit_size or num_tokens
+    if env.attention() is None and unit_size <= MAX_FUSED_KEYS.get(qkv.device.type, 0):
+        op = dispatch.OPS["mask_unit_attention"]
+        if dispatch.choose_backend(op, None, qkv, num_heads, unit_size, q_stride) != "reference":
+            return functional.mask_unit_attention(
+                qkv, num_heads=num_heads, unit_size=unit_size, q_stride=q_stride
+            )
+    # [B * N / u, u, 3, H, d] -> three of [B * N / u, H, u, d]
+    qkv = qkv.reshape(-1, unit_size, 3, num_heads, qkv.shape[2] // (3 * num_heads))
+    q, k, v = qkv.transpose(1, 3).unbind(2)
+    if q_stride > 1:
+        q = q.unflatten(2, (q_stride, -1)).max(2).values
+    out = attend(q, k, v)
+    return out.transpose(1, 2).reshape(batch, num_tokens // q_stride, -1)
 
 
 def attend(
-    q: Tensor,  # [B, H, N, D/H]
-    k: Tensor,  # [B, H, M, D/H]
-    v: Tensor,  # [B, H, M, D/H]
-) -> Tensor:  # [B, H, N, D/H]
-    """softmax(q k^T / sqrt(D/H)) v, by torch's fused attention.
+    q: Tensor,  # [B, H, N, d]
+    k: Tensor,  # [B, H, M, d]
+    v: Tensor,  # [B, H, M, d]
+) -> Tensor:  # [B, H, N, d]
+    """softmax(q k^T / sqrt(d)) v, by torch's fused attention or what FASTSSL_ATTENTION names.
 
     Except in training in half precision on a CPU, which writes the scores out: there the backward
     of torch's fused kernel takes 3 to 10 times as long (torch 2.13, 16 to 196 tokens).
     """
+    named = env.attention()
+    if named in ("flash_attn", "xformers"):
+        # Both take [B, N, H, d].
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return _optional(named)(q, k, v).transpose(1, 2)
     half = q.dtype in (torch.bfloat16, torch.float16)
     explicit = half and q.device.type == "cpu" and k.shape[2] <= MAX_EXPLICIT_KEYS
-    if explicit and torch.is_grad_enabled() and q.requires_grad:
+    if explicit and named is None and torch.is_grad_enabled() and q.requires_grad:
         scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
         return scores.softmax(dim=3) @ v
     if q.shape[0] > MAX_BATCH:
         parts = zip(q.split(MAX_BATCH), k.split(MAX_BATCH), v.split(MAX_BATCH), strict=True)
         return torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def _optional(package: str):
+    """The attention of a package that is never needed; ValueError where it is missing."""
+    module, name = {
+        "flash_attn": ("flash_attn", "flash_attn_func"),
+        "xformers": ("xformers.ops", "memory_efficient_attention"),
+    }[package]
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise ValueError(f"FASTSSL_ATTENTION={package} cannot be used: {error}") from error

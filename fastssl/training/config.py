@@ -106,6 +106,9 @@ class TrainConfig:
     accumulation: int = option(1, "micro-batches of one optimizer step, per rank")
     precision: str = option("fp32", "bf16: autocast, parameters in fp32", choices=("fp32", "bf16"))
     compile: bool = option(False, "torch.compile the method")
+    grad_checkpointing: bool = option(
+        False, "keep each block's input only and compute the rest again in backward"
+    )
     device: str = option("auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda"))
 
 

@@ -111,6 +111,8 @@ def method_and_optimizer(config: Config, world: World) -> tuple[Method, Optimize
         report = load_pretrained(method.model, config.model.weights)
         if world.is_main:
             print(report)
+    if config.train.grad_checkpointing:
+        method.model.set_grad_checkpointing()
     method.to(world.device)
     if config.train.compile:
         # FSDP's hooks stand between the blocks: there, each is compiled by itself.

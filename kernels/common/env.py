@@ -12,6 +12,18 @@ def backend() -> str | None:
     return os.environ.get("FASTSSL_BACKEND") or None
 
 
+ATTENTIONS = ("torch", "flash_attn", "xformers")
+
+
+def attention() -> str | None:
+    """FASTSSL_ATTENTION: the implementation of attention, None for the automatic choice."""
+    name = os.environ.get("FASTSSL_ATTENTION") or None
+    if name is not None and name not in ATTENTIONS:
+        known = ", ".join(ATTENTIONS)
+        raise ValueError(f"FASTSSL_ATTENTION must be one of {known}, got {name!r}")
+    return name
+
+
 def build_cpp() -> bool:
     """FASTSSL_BUILD_CPP=0: install without compiling the CPU library."""
     return os.environ.get("FASTSSL_BUILD_CPP", "1") != "0"

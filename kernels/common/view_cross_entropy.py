@@ -1,4 +1,4 @@
-"""What dino_cross_entropy and linear_dino_cross_entropy share: their steps, on cpp or Triton.
+"""What dino_cross_entropy and linear_dino_cross_entropy share: their steps, on cpp, Triton or cuda.
 
 1. `fill_parts`: one pass over a block of prototypes; per image and chunk of prototypes, maxima,
    sums of exponentials and products of every pair of views go to `parts`.
@@ -11,6 +11,7 @@ describes the layout of `parts`; scores are logits over temperature in units of 
 """
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -53,12 +54,21 @@ def cannot_run_cpp(teacher: Tensor) -> str | None:
     return None
 
 
-def num_chunks(backend: str, num_prototypes: int) -> int:
+def gpu_kernels(backend: str) -> ModuleType:
+    if backend == "cuda":
+        from fastssl.kernels.common import cuda_view_cross_entropy as kernels
+    else:
+        from fastssl.kernels.common import triton_view_cross_entropy as kernels
+    return kernels
+
+
+def num_chunks(backend: str, student: Tensor, num_teacher: int) -> int:
+    num_prototypes = student.shape[2]
     if backend == "cpp":
         return -(-num_prototypes // CPP_CHUNK)
-    from fastssl.kernels.common import triton_view_cross_entropy as kernels
-
-    return -(-num_prototypes // kernels.block_k(num_prototypes))
+    if backend == "cuda":
+        return gpu_kernels(backend).num_cells(student, num_teacher)
+    return -(-num_prototypes // gpu_kernels(backend).block_k(num_prototypes))
 
 
 def num_slices(backend: str, student: Tensor, chunks: int) -> int:
@@ -66,9 +76,7 @@ def num_slices(backend: str, student: Tensor, chunks: int) -> int:
     (and of the GPU), never of the number of threads."""
     if backend == "cpp":
         return max(1, min(student.shape[1], -(-CPP_PIECES // chunks)))
-    from fastssl.kernels.common import triton_view_cross_entropy as kernels
-
-    return kernels.num_slices(student, chunks)
+    return gpu_kernels(backend).num_slices(student, chunks)
 
 
 def empty_parts(student: Tensor, num_teacher: int, chunks: int) -> Tensor:  # [B, width, C]
@@ -86,14 +94,12 @@ def fill_parts(
     parts: Tensor,  # [B, width, C], columns first_chunk and on are filled
     teacher_sums: Tensor | None,  # [num_slices, K], filled where wanted
 ) -> None:
-    chunks = num_chunks(backend, teacher.shape[2])
+    chunks = num_chunks(backend, student, teacher.shape[0])
     slices = num_slices(backend, student, chunks)
     if backend == "cpp":
         run = torch.ops.fastssl_csrc.dino_cross_entropy_parts
     else:
-        from fastssl.kernels.common import triton_view_cross_entropy as kernels
-
-        run = kernels.fill_parts
+        run = gpu_kernels(backend).fill_parts
     run(
         student,
         teacher,
@@ -126,9 +132,7 @@ def collapse(
     if backend == "cpp":
         run = torch.ops.fastssl_csrc.dino_cross_entropy_collapse
     else:
-        from fastssl.kernels.common import triton_view_cross_entropy as kernels
-
-        run = kernels.collapse
+        run = gpu_kernels(backend).collapse
     run(num_student, num_teacher, num_rows, columns, parts)
 
 
@@ -153,9 +157,7 @@ def combine(backend: str, parts: Tensor, terms: Terms, results: Results) -> None
     if backend == "cpp":
         run = torch.ops.fastssl_csrc.dino_cross_entropy_combine
     else:
-        from fastssl.kernels.common import triton_view_cross_entropy as kernels
-
-        run = kernels.combine
+        run = gpu_kernels(backend).combine
     run(
         parts,
         terms.log_v,
@@ -186,9 +188,7 @@ def gradient(
     if backend == "cpp":
         run = torch.ops.fastssl_csrc.dino_cross_entropy_gradient
     else:
-        from fastssl.kernels.common import triton_view_cross_entropy as kernels
-
-        run = kernels.gradient
+        run = gpu_kernels(backend).gradient
     run(
         dloss,
         student,

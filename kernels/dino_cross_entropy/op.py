@@ -139,10 +139,7 @@ def _dino_cross_entropy(
     if backend == "reference":
         return _reference(student, teacher, arguments, wants_teacher_mean)
     terms = views.Terms(*arguments)
-    if backend == "cuda":
-        results, sums = cuda_kernel.forward(student, teacher, terms, wants_teacher_mean)
-    else:
-        results, sums = _first_pass(backend, student, teacher, terms, wants_teacher_mean)
+    results, sums = _first_pass(backend, student, teacher, terms, wants_teacher_mean)
     if sums is None:
         teacher_mean = student.new_empty((0,), dtype=torch.float32)
     else:
@@ -158,7 +155,7 @@ def _first_pass(
 ) -> tuple[views.Results, Tensor | None]:
     """The results, and the sums [slices, K] of the teacher's logits where wanted."""
     num_teacher, _, num_prototypes = teacher.shape
-    chunks = views.num_chunks(backend, num_prototypes)
+    chunks = views.num_chunks(backend, student, num_teacher)
     parts = views.empty_parts(student, num_teacher, chunks)
     sums = None
     if wants_sums:
@@ -214,11 +211,8 @@ def _dino_cross_entropy_backward(
         *(student_temp, teacher_temp, skip_same_view, False),
     )
     dstudent = torch.empty_like(student)
-    arguments = (dloss, student, teacher, terms, student_stats, teacher_stats, norm, dstudent)
-    if backend == "cuda":
-        cuda_kernel.gradient(*arguments)
-    else:
-        views.gradient(backend, *arguments)
+    stats = (student_stats, teacher_stats, norm)
+    views.gradient(backend, dloss, student, teacher, terms, *stats, dstudent)
     return dstudent
 
 

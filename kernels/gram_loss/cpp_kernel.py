@@ -1,41 +1,42 @@
-"""gram_loss on a CPU: scratch memory and calls of csrc/cpu/gram_loss.cpp."""
+"""gram_loss on a CPU: scratch memory and calls of csrc/cpu/gram_loss.cpp. I images of N patches."""
 
 import torch
 from torch import Tensor
 
-from fastssl.kernels.common import contrastive_cpp
+from fastssl.kernels.common.contrastive import Rows
+from fastssl.kernels.common.contrastive_cpp import prepare, project
+
+__all__ = ["compare", "prepare"]
 
 # Rows and columns of a tile of similarities at most: two of them are 128 KB.
 BLOCK = 128
 
 
-def loss_and_gradient(
-    student: Tensor,  # [B, N, D]
-    teacher: Tensor,  # [B, N, E]
-    apply_norm: bool,
+def compare(
+    images: int,
+    rows: tuple[Rows, Rows],  # student's [I N, D] and teacher's [I N, E]
+    others: tuple[Rows, Rows] | None,  # [I N, D] and [I N, E]; None: the rows themselves
     clamp_student: bool,
     clamp_teacher: bool,
-    wants_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    """The loss [] and its gradient [B, N, D] of the student, empty unless wanted; float32."""
-    images, patches, _ = student.shape
-    count = images * patches**2
-    rows = contrastive_cpp.prepare(student.flatten(0, 1), apply_norm)
-    unit = rows.values.view(student.shape)
-    unit_teacher = contrastive_cpp.prepare(teacher.flatten(0, 1), apply_norm).values
+    scale: float,
+    gradient: Tensor | None,  # [I N, D] float32, written where given
+) -> Tensor:  # [] float64
+    """The sum of squared differences of an image's similarities of rows and others; `gradient` is
+    scale times the differences' product with the others, as a gradient of the rows' features."""
+    student, teacher = (r.values.unflatten(0, (images, -1)) for r in rows)
+    columns = (None, None)
+    if others is not None:
+        columns = tuple(r.values.unflatten(0, (images, -1)) for r in others)
+    patches = student.shape[1]
     # Blocks of about equal size, so that most tiles are off the diagonal.
-    block = -(-patches // -(-patches // BLOCK))
-    tasks = min(images, torch.get_num_threads())
-    scratch = unit.new_empty((tasks, 2 * block**2))
-    parts = unit.new_empty((images,), dtype=torch.float64)
-    gradient = torch.empty_like(unit) if wants_gradient else None
+    blocks = -(-patches // BLOCK)
+    block = -(-patches // blocks)
+    scratch = student.new_empty((torch.get_num_threads(), 2 * block**2))
+    parts = student.new_empty((images, -(-patches // block)), dtype=torch.float64)
     torch.ops.fastssl_csrc.gram_loss(
-        *(unit, unit_teacher.view(teacher.shape), block, clamp_student, clamp_teacher),
-        *(4 / count, scratch, parts, gradient),
+        *(student, teacher, *columns, block, clamp_student, clamp_teacher, scale),
+        *(scratch, parts, None if gradient is None else gradient.view(student.shape)),
     )
-    loss = (parts.sum() / count).float()
-    if gradient is None:
-        return loss, unit.new_empty((0,))
-    if apply_norm:
-        contrastive_cpp.project(gradient.flatten(0, 1), rows, gradient.flatten(0, 1))
-    return loss, gradient
+    if gradient is not None and rows[0].inverse is not None:
+        project(gradient, rows[0], gradient)
+    return parts.sum()

@@ -1,5 +1,7 @@
 """The public op fastssl::gram_loss: checks, backends, fake implementation, autograd."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -14,13 +16,11 @@ def _example(device: torch.device) -> tuple:
     return torch.zeros(2, 4, 6, device=device), torch.zeros(2, 4, 8, device=device)
 
 
-def _cannot_run_cpp(student: Tensor, teacher: Tensor, img_level: bool = True) -> str | None:
-    if not img_level:
-        return "img_level=False is served by the reference only"
-    return dispatch.cannot_run_cpp(student, teacher)
-
-
-OP = dispatch.register("gram_loss", {"cpp": _cannot_run_cpp}, _example)
+OP = dispatch.register(
+    "gram_loss",
+    {"triton": dispatch.cannot_run_triton, "cpp": dispatch.cannot_run_cpp},
+    _example,
+)
 
 
 def gram_loss(
@@ -45,7 +45,7 @@ def gram_loss(
 
     Several processes: ranks of `group` (None: the default group) hold equally many patches, and
     loss and gradients, averaged over ranks, are those of one process on the whole batch. img_level
-    sends nothing, otherwise patches are gathered once.
+    sends nothing; otherwise patches are gathered once, and in backward a number per process.
 
     Autocast does not touch the inputs. Raises ValueError or TypeError for arguments that do not
     fit, naming them.
@@ -60,16 +60,26 @@ def gram_loss(
         raise ValueError("remove_only_teacher_neg must be False where remove_neg is True")
     settings = (bool(apply_norm), bool(img_level), bool(remove_neg), bool(remove_only_teacher_neg))
     teacher = teacher.detach()
-    name = dispatch.choose_backend(OP, backend, student, teacher, settings[1])
+    name = dispatch.choose_backend(OP, backend, student, teacher)
+    group = "" if img_level else collectives.group_name(group)
     if name == "reference":
-        group = "" if img_level else collectives.group_name(group)
         return reference.gram_loss(student, teacher, *settings, group)
+    if not img_level:
+        student, teacher = student.flatten(0, 1)[None], teacher.flatten(0, 1)[None]
     apply_norm, _, clamp_student, clamp_teacher = settings
     wants_gradient = torch.is_grad_enabled() and student.requires_grad
     return torch.ops.fastssl.gram_loss(
         *(student.contiguous(), teacher.contiguous(), apply_norm, clamp_student),
-        *(clamp_student or clamp_teacher, wants_gradient, name),
+        *(clamp_student or clamp_teacher, wants_gradient, group, name),
     )[0]
+
+
+def _kernels(backend: str) -> ModuleType:
+    if backend == "cpp":
+        from fastssl.kernels.gram_loss import cpp_kernel as module
+    else:
+        from fastssl.kernels.gram_loss import triton_kernel as module
+    return module
 
 
 @torch.library.custom_op("fastssl::gram_loss", mutates_args=())
@@ -80,41 +90,62 @@ def _gram_loss(
     clamp_student: bool,
     clamp_teacher: bool,
     wants_gradient: bool,
+    group: str,
     backend: str,
 ) -> list[Tensor]:
-    """loss [], and its gradient [B, N, D] of the student in float32, empty unless wanted."""
-    from fastssl.kernels.gram_loss import cpp_kernel
-
-    return list(
-        cpp_kernel.loss_and_gradient(
-            student, teacher, apply_norm, clamp_student, clamp_teacher, wants_gradient
-        )
+    """loss [], and its gradient of the student in float32, [W, I, N, D]: the part that comes from
+    the pairs with each process's patches. Empty unless wanted."""
+    kernels = _kernels(backend)
+    world, (images, patches, _) = collectives.world_size(group), student.shape
+    features = (student.flatten(0, 1), teacher.flatten(0, 1))
+    rows = tuple(kernels.prepare(x, apply_norm) for x in features)
+    everyone = [collectives.all_gather_with_grad(x, group).chunk(world) for x in features]
+    loss, gradients = _gram_loss_fake(
+        *(student, teacher, apply_norm, clamp_student, clamp_teacher, wants_gradient),
+        *(group, backend),
     )
+    count, total = images * patches**2 * world, 0.0
+    for process in range(world):
+        others = None
+        if process != collectives.rank(group):
+            others = tuple(kernels.prepare(x[process], apply_norm) for x in everyone)
+        gradient = gradients[process].flatten(0, 1) if wants_gradient else None
+        total = total + kernels.compare(
+            *(images, rows, others, clamp_student, clamp_teacher, 4 / count, gradient)
+        )
+    return [loss.copy_(total / count), gradients]
 
 
 @_gram_loss.register_fake
-def _gram_loss_fake(student, teacher, apply_norm, clamp_student, clamp_teacher, wants, backend):
-    shape = student.shape if wants else (0,)
+def _gram_loss_fake(student, teacher, apply_norm, clamp_student, clamp_teacher, wants, group, _):
+    shape = (collectives.world_size(group), *student.shape) if wants else (0,)
     return [student.new_empty(size, dtype=torch.float32) for size in ((), shape)]
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.dtype = inputs[0].dtype
+    ctx.dtype, ctx.group = inputs[0].dtype, inputs[6]
     # Autograd would fill the gradient of the gradient with zeros.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])
 
 
 def _backward(ctx, grads):
-    (gradient,) = ctx.saved_tensors
-    return (gradient * grads[0]).to(ctx.dtype), *(None,) * 6
+    (parts,) = ctx.saved_tensors
+    # A pair of patches is in the loss of the rank of either.
+    weights = collectives.all_gather_with_grad(grads[0].reshape(1), ctx.group)
+    weights = (weights + grads[0]) / 2
+    gradient = parts[0] * weights[0]
+    for process in range(1, len(parts)):
+        gradient = torch.addcmul(gradient, parts[process], weights[process])
+    return gradient.to(ctx.dtype), *(None,) * 7
 
 
 _gram_loss.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.fastssl.gram_loss)
-def _flops(student, teacher, apply_norm, clamp_student, clamp_teacher, wants_gradient, *_, **__):
+def _flops(student, teacher, apply_norm, clamp_student, clamp_teacher, wants, group, *_, **__):
     """Forward, and with it the gradient's product."""
     images, patches, width = student
-    return 2 * images * patches**2 * (width + teacher[2] + wants_gradient * width)
+    pairs = images * patches**2 * collectives.world_size(group)
+    return 2 * pairs * (width + teacher[2] + wants * width)

@@ -17,6 +17,8 @@ from fastssl.kernels.linear_dino_cross_entropy.reference import SMALLEST_NORM
 # the buffer in the second-level cache of a CPU or of a GPU.
 CPU_BLOCKS = ((512, 2048), (None, 1024))
 GPU_BLOCKS = ((1024, 16384), (4096, 8192), (None, 4096))
+# The namespaces of the ops of compiled backends.
+COMPILED = {"cpp": "fastssl_csrc", "cuda": "fastssl_cuda"}
 
 Scales = Sequence[Tensor] | None  # inverse lengths of student's and teacher's prototypes, [K] each
 
@@ -76,8 +78,8 @@ class Side:
 
 def prototype_scale(backend: str, prototypes: Tensor, scale: Tensor) -> None:
     """Fill scale [n] with the prototypes' inverse lengths."""
-    if backend == "cpp":
-        torch.ops.fastssl_csrc.linear_dino_prototype_scale(prototypes, scale)
+    if backend in COMPILED:
+        getattr(torch.ops, COMPILED[backend]).linear_dino_prototype_scale(prototypes, scale)
         return
     norm = torch.linalg.vector_norm(prototypes, dim=1, dtype=torch.float32)
     torch.reciprocal(norm.clamp_(min=SMALLEST_NORM), out=scale)
@@ -140,7 +142,7 @@ def forward(
     first_chunk = 0
     for block in each_block(backend, tensors, terms, dtype, scales, scales_are_known=False):
         width = block.student_logits.shape[2]
-        chunks = views.num_chunks(backend, width)
+        chunks = views.num_chunks(backend, block.student_logits, num_teacher)
         if parts is None:
             # One column for everything before this block, behind the first block.
             parts = views.empty_parts(tensors[0], num_teacher, chunks + 1)
@@ -223,8 +225,8 @@ def prototype_gradient(
     scale = block.terms.student_scale
     if scale is None and direct:
         return
-    if backend == "cpp":
-        torch.ops.fastssl_csrc.linear_dino_prototype_gradient(
+    if backend in COMPILED:
+        getattr(torch.ops, COMPILED[backend]).linear_dino_prototype_gradient(
             product, prototypes, scale, dprototypes
         )
         return

@@ -9,7 +9,7 @@ from fastssl.kernels.common import view_cross_entropy as views
 from fastssl.kernels.common.autograd import reference_gradients
 from fastssl.kernels.common.checks import check_shape, check_tensor
 from fastssl.kernels.common.view_checks import check_terms, check_views
-from fastssl.kernels.linear_dino_cross_entropy import blocks, reference
+from fastssl.kernels.linear_dino_cross_entropy import blocks, cuda_kernel, reference
 
 
 def _example(device: torch.device) -> tuple:
@@ -29,7 +29,11 @@ def cannot_run_cpp(
 
 OP = dispatch.register(
     "linear_dino_cross_entropy",
-    {"triton": dispatch.cannot_run_triton, "cpp": cannot_run_cpp},
+    {
+        "triton": dispatch.cannot_run_triton,
+        "cpp": cannot_run_cpp,
+        "cuda": cuda_kernel.cannot_run_cuda,
+    },
     _example,
 )
 

@@ -20,14 +20,15 @@ serves as its shift; where that fails, as it may in the first iteration, the row
 searched.
 
 Bytes, with e per logit: num_iters + 1 reads of B K e, one for the first prototype sums and then
-one for rows and columns together (Triton: two, 2 num_iters in all), and 4 B K written if the
-matrix is wanted. Across processes: num_iters + 1 vectors of K numbers. The order of every sum is
-fixed by B and K.
+one for rows and columns together (Triton, and CUDA C++ where no cluster of blocks holds whole rows:
+two, 2 num_iters in all), and 4 B K written if the matrix is wanted. Across processes: num_iters + 1
+vectors of K numbers. The order of every sum is fixed by B, K and the GPU.
 
 Not differentiable. Peak extra memory on a CPU: partial column sums, K floats or a sixteenth of the
 logits in float32, 64 K floats at most; exponentials of up to four rows per thread (half a MB, or
 one row); a few vectors of K. On a GPU: 2 K floats per slice of the rows, which are as many as give
-every processor four programs of 256 prototypes; 2 B floats.
+every processor four programs of 256 prototypes; 2 B floats. With backend="cuda" K floats per
+cluster that runs at once, and in the first pass 2 K per slice of 32 rows or more.
 """
 
 from fastssl.kernels.sinkhorn_knopp.op import sinkhorn_knopp

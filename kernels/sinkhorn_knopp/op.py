@@ -19,7 +19,11 @@ def _example(device: torch.device) -> tuple:
 
 OP = dispatch.register(
     "sinkhorn_knopp",
-    {"triton": dispatch.cannot_run_triton, "cpp": dispatch.cannot_run_cpp},
+    {
+        "triton": dispatch.cannot_run_triton,
+        "cpp": dispatch.cannot_run_cpp,
+        "cuda": dispatch.cannot_run_cuda,
+    },
     _example,
 )
 
@@ -106,6 +110,8 @@ def _sinkhorn_knopp(
     )
     if backend == "cpp":
         from fastssl.kernels.sinkhorn_knopp import cpp_kernel as passes
+    elif backend == "cuda":
+        from fastssl.kernels.sinkhorn_knopp import cuda_kernel as passes
     else:
         from fastssl.kernels.sinkhorn_knopp import triton_kernel as passes
     _run(passes, logits, num_rows, temperature, num_iters, materialize, group, *outputs)

@@ -1,41 +1,22 @@
-"""The arithmetic of the CUDA kernels without a GPU: compiled for the host on tests/cuda_emulator.h
-and compared with the float64 formula, clusters and their exchange included."""
+"""dino_cross_entropy's CUDA kernels without a GPU: compiled for the host on tests/cuda_emulator.h,
+compared with the float64 formula, clusters and their exchange included."""
 
 import ctypes
 import math
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastssl.kernels.common import env
+from fastssl.kernels.common import cuda_view_cross_entropy as kernels
+from fastssl.kernels.common.cuda_device import Device
 from fastssl.kernels.dino_cross_entropy import cuda_kernel, reference
 
-REPOSITORY = Path(__file__).parents[2]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # One rounding of what is stored, and for the gradient made in forward a second one.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 THREADS = 64
 TEMPS = (0.1, 0.04)
-
-
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory) -> ctypes.CDLL:
-    if shutil.which(env.cxx()) is None:
-        pytest.skip(f"no C++ compiler called {env.cxx()}")
-    library = tmp_path_factory.mktemp("emulated") / "cuda.so"
-    folders = ["-I", REPOSITORY / "csrc/cuda", "-I", REPOSITORY / "tests"]
-    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", *folders]
-    source = REPOSITORY / "tests/kernels/cuda_emulated.cpp"
-    command = [env.cxx(), *flags, source, "-o", library]
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    loaded = ctypes.CDLL(str(library))
-    loaded.shared_bytes.restype = ctypes.c_int64
-    return loaded
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
@@ -191,10 +172,11 @@ SIZES = [(10, 2, 4, 4096, True, 16), (1, 1, 2, 16384, False, 4), (3, 5, 4, 24, T
 
 @pytest.mark.parametrize("sizes", [*SIZES, (10, 2, 4, 1024, True, 0)], ids=str)
 def test_shared_memory_is_what_the_launch_asks_for(sizes, emulated):
-    assert cuda_kernel.shared_bytes(*sizes) == emulated.shared_bytes(*map(int, sizes))
+    emulated.shared_bytes.restype = ctypes.c_int64
+    assert kernels.shared_bytes(*sizes) == emulated.shared_bytes(*map(int, sizes))
 
 
-H100 = cuda_kernel.Device(132, True, 233472, 232448)
+H100 = Device(132, True, 233472, 232448)
 PLANS = {
     # S, T, B, K, bytes: the plan. Ten crops, whose cluster of 16 has one or two blocks on each
     # processor; DINOv2's tokens; a small head; an image that fits into no cluster.
@@ -214,19 +196,19 @@ def test_cluster_plan(sizes):
         S, T, _, K, itemsize = sizes
         cluster, width = plan
         assert cluster * width >= K > (cluster - 1) * width
-        size = cuda_kernel.shared_bytes(S, T, itemsize, width, False, cluster)
+        size = kernels.shared_bytes(S, T, itemsize, width, False, cluster)
         assert size <= H100.bytes_per_block
 
 
 def test_no_clusters_before_sm_90():
-    a100 = cuda_kernel.Device(108, False, 167936, 166912)
+    a100 = Device(108, False, 167936, 166912)
     assert cuda_kernel.cluster_plan(1, 1, 8, 1024, 2, False, a100) is None
 
 
 def test_cells_leave_room_for_two_blocks():
     for num_student in (1, 10, 12):
         for itemsize in (2, 4):
-            width = cuda_kernel.cell_width(num_student, 2, itemsize)
-            size = cuda_kernel.shared_bytes(num_student, 2, itemsize, width, True, 0)
-            assert size <= cuda_kernel.CELL_BYTES
-    assert cuda_kernel.cell_width(200, 2, 4) is None
+            width = kernels.cell_width(num_student, 2, itemsize)
+            size = kernels.shared_bytes(num_student, 2, itemsize, width, True, 0)
+            assert size <= kernels.CELL_BYTES
+    assert kernels.cell_width(200, 2, 4) is None

@@ -119,7 +119,8 @@ def test_sinkhorn_vectors_weights_and_count(per_view, backend):
     device = device_of(backend)
     inputs = make_inputs((S, T, B, K, 8, 8), torch.float32, device)[:4]
     log_u = torch.randn(T, K) if per_view else torch.randn(K)
-    scores = (inputs[2] @ inputs[3].T).double().cpu() / 0.04 + log_u.double().reshape(-1, 1, K)
+    logits = inputs[2] @ nn.functional.normalize(inputs[3], dim=1).T
+    scores = logits.double().cpu() / 0.04 + log_u.double().reshape(-1, 1, K)
     log_v = -scores.logsumexp(-1) + 0.3 * torch.randn(T, B)
     inputs[0][:, 3:], inputs[2][:, 3:] = math.nan, math.nan
     _, grads = check_against_truth(
@@ -371,7 +372,7 @@ BAD = {
     },
     "center must have shape [K] = [8] after leading ones": {"center": torch.zeros(6)},
     "student_temp must be positive, got 0": {"student_temp": 0},
-    "backend must be one of cpp, triton, reference": {"backend": "magic"},
+    "backend must be one of cpp, triton, cuda, reference": {"backend": "magic"},
 }
 
 

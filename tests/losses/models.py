@@ -188,17 +188,22 @@ class MoCo(_Model):
 
 
 class Gram(_Model):
-    def __init__(self) -> None:
-        super().__init__(L.GramLoss())
+    def __init__(self, img_level: bool = True) -> None:
+        super().__init__(L.GramLoss(img_level=img_level))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.loss(self.project(x), x.sin())
+
+
+class GramOfBatch(Gram):
+    def __init__(self) -> None:
+        super().__init__(img_level=False)
 
 
 MODELS = {
     model.__name__: model
     for model in (
         *(DINO, DINOLinear, DINOLinearScaled, IBOT, IBOTSinkhorn, IBOTLinear, IBOTLinearSinkhorn),
-        *(SwAV, MSN, NTXent, InfoNCE, MoCo, Barlow, VICReg, KoLeo, Cosine, Gram),
+        *(SwAV, MSN, NTXent, InfoNCE, MoCo, Barlow, VICReg, KoLeo, Cosine, Gram, GramOfBatch),
     )
 }

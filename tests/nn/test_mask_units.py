@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from fastssl.functional import mask_unit_pool
 from fastssl.nn import sdpa
-from fastssl.nn.mask_units import MaskUnitAttention, UnitLayout, pool_units
+from fastssl.nn.mask_units import MaskUnitAttention, UnitLayout
 
 LAYOUTS = [
     UnitLayout((8, 8), (2, 2), 3),
@@ -48,7 +49,9 @@ def test_pooling_is_a_maximum_over_neighbours(layout):
     tokens, pool = layout.unroll(x), F.max_pool3d if x.dim() == 5 else F.max_pool2d
     while layout.num_pools:
         stride, layout = layout.q_stride, layout.pooled()
-        tokens = pool_units(tokens, math.prod(stride), layout.num_tokens)
+        members = math.prod(stride)
+        unit_size = members * layout.num_tokens
+        tokens = mask_unit_pool(tokens, unit_size=unit_size, q_stride=members)
         x = pool(x.movedim(-1, 1), stride).movedim(1, -1)
         assert torch.equal(layout.reroll(tokens, x.shape[1:-1]), x)
     assert layout.shape == layout.final_shape

@@ -1,0 +1,220 @@
+// Products of bfloat16 matrices that live in the cache, on the tile registers of Intel processors
+// (AMX), and the rearrangements that their operands need.
+//
+// A tile product adds A [16, 32] times B [32, 16] to C [16, 16], with B given as [16, 16] pairs:
+// two consecutive rows of one column make a 32-bit word. Matrices here are padded with zeros to
+// whole tiles; sizes and leading dimensions count elements of the pointer's type.
+#pragma once
+
+#include "simd.h"
+
+#if defined(__x86_64__) && defined(__linux__) && \
+    (defined(__clang__) ? __clang_major__ >= 14 : defined(__GNUC__) && __GNUC__ >= 12)
+#define FASTSSL_HAS_AMX 1
+
+#include <cpuid.h>
+// GCC's own headers leave the lanes that an instruction does not merge undefined, and GCC 12 warns.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define FASTSSL_AMX \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,fma")))
+
+namespace fastssl::amx {
+
+// Whether the processor has the instructions and the system lets this process use the tiles.
+inline bool available() {
+  static const bool usable = [] {
+    if (best_isa() != Isa::avx512) return false;
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    if (!(d >> 22 & 1u) || !(d >> 24 & 1u)) return false;  // amx-bf16, amx-tile
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1u)) return false;  // avx512-bf16
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return usable;
+}
+
+// Eight tiles of 16 rows of 64 bytes, for as long as this lives. What the thread had configured
+// comes back afterwards: oneDNN remembers its configuration instead of loading it for each product.
+class Tiles {
+ public:
+  FASTSSL_AMX Tiles() {
+    _tile_storeconfig(before_);
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    static_assert(sizeof(config) == 64);
+    _tile_loadconfig(&config);
+  }
+  FASTSSL_AMX ~Tiles() {
+    if (before_[0] == 0) {
+      _tile_release();
+    } else {
+      _tile_loadconfig(before_);
+    }
+  }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+
+ private:
+  alignas(64) uint8_t before_[64];
+};
+
+// C [16 or 32, 16 or 32] = A B over K, which is a multiple of 32.
+template <bool kTwoRows, bool kTwoColumns>
+FASTSSL_AMX inline void multiply_block(const uint16_t* a, int64_t lda, const uint32_t* b,
+                                       int64_t ldb, float* c, int64_t ldc, int64_t K) {
+  _tile_zero(0);
+  if (kTwoColumns) _tile_zero(1);
+  if (kTwoRows) _tile_zero(2);
+  if (kTwoRows && kTwoColumns) _tile_zero(3);
+  for (int64_t k = 0; k < K; k += 32) {
+    _tile_loadd(4, a + k, lda * 2);
+    _tile_loadd(6, b + k / 2 * ldb, ldb * 4);
+    _tile_dpbf16ps(0, 4, 6);
+    if (kTwoRows) {
+      _tile_loadd(5, a + 16 * lda + k, lda * 2);
+      _tile_dpbf16ps(2, 5, 6);
+    }
+    if (kTwoColumns) {
+      _tile_loadd(7, b + k / 2 * ldb + 16, ldb * 4);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if (kTwoRows && kTwoColumns) _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, c, ldc * 4);
+  if (kTwoColumns) _tile_stored(1, c + 16, ldc * 4);
+  if (kTwoRows) _tile_stored(2, c + 16 * ldc, ldc * 4);
+  if (kTwoRows && kTwoColumns) _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
+}
+
+// C [M, N] = A [M, K] B [K, N], M and N multiples of 16 and K of 32; B in pairs [K / 2, N].
+FASTSSL_AMX inline void multiply(const uint16_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
+                                 float* c, int64_t ldc, int64_t M, int64_t N, int64_t K) {
+  for (int64_t m = 0; m < M; m += 32) {
+    const uint16_t* rows = a + m * lda;
+    for (int64_t n = 0; n < N; n += 32) {
+      float* to = c + m * ldc + n;
+      const bool two_rows = m + 16 < M, two_columns = n + 16 < N;
+      if (two_rows && two_columns) {
+        multiply_block<true, true>(rows, lda, b + n, ldb, to, ldc, K);
+      } else if (two_rows) {
+        multiply_block<true, false>(rows, lda, b + n, ldb, to, ldc, K);
+      } else if (two_columns) {
+        multiply_block<false, true>(rows, lda, b + n, ldb, to, ldc, K);
+      } else {
+        multiply_block<false, false>(rows, lda, b + n, ldb, to, ldc, K);
+      }
+    }
+  }
+}
+
+FASTSSL_AMX inline __mmask32 first_words(int64_t count) {
+  return count >= 32 ? ~__mmask32(0) : (__mmask32(1) << count) - 1;
+}
+FASTSSL_AMX inline __mmask16 first_lanes(int64_t count) {
+  return count >= 16 ? __mmask16(0xffff) : __mmask16((1u << count) - 1);
+}
+
+// rows [R, C] of src into dst [padded_rows, ld], both multiples of 32 (rows of 16), zeros around.
+FASTSSL_AMX inline void copy_padded(const uint16_t* src, int64_t stride, int64_t R, int64_t C,
+                                    uint16_t* dst, int64_t ld, int64_t padded_rows) {
+  for (int64_t r = 0; r < R; ++r) {
+    for (int64_t c = 0; c < ld; c += 32) {
+      const __mmask32 mask = c < C ? first_words(C - c) : 0;
+      const __m512i words = _mm512_maskz_loadu_epi16(mask, src + r * stride + c);
+      _mm512_storeu_si512(dst + r * ld + c, words);
+    }
+  }
+  for (int64_t i = R * ld; i < padded_rows * ld; i += 32) {
+    _mm512_storeu_si512(dst + i, _mm512_setzero_si512());
+  }
+}
+
+// Pairs of consecutive rows: [R, W] -> [R / 2, W], R even and W a multiple of 32.
+FASTSSL_AMX inline void pair_rows(const uint16_t* src, int64_t ld, int64_t R, int64_t W,
+                                  uint32_t* dst, int64_t ldd) {
+  alignas(64) uint16_t order[32];
+  for (int i = 0; i < 32; ++i) order[i] = uint16_t(i / 2 + i % 2 * 32);
+  const __m512i low = _mm512_load_si512(order);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  for (int64_t r = 0; r < R; r += 2) {
+    for (int64_t c = 0; c < W; c += 32) {
+      const __m512i even = _mm512_loadu_si512(src + r * ld + c);
+      const __m512i odd = _mm512_loadu_si512(src + (r + 1) * ld + c);
+      uint32_t* to = dst + r / 2 * ldd + c;
+      _mm512_storeu_si512(to, _mm512_permutex2var_epi16(even, low, odd));
+      _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(even, high, odd));
+    }
+  }
+}
+
+// Transposes 16 x 16 words of 32 bits.
+FASTSSL_AMX inline void transpose_block(const uint32_t* src, int64_t ld, uint32_t* dst,
+                                        int64_t ldd) {
+  __m512i x[16], y[16];
+  for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_si512(src + i * ld);
+  for (int i = 0; i < 16; i += 2) {
+    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
+    x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
+    x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
+    x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
+  }
+  // x[4 g + c] holds, in its lane l of 128 bits, column 4 l + c of rows 4 g .. 4 g + 3.
+  for (int c = 0; c < 4; ++c) {
+    const __m512i p = _mm512_shuffle_i32x4(x[c], x[4 + c], 0x88);
+    const __m512i q = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0x88);
+    const __m512i r = _mm512_shuffle_i32x4(x[c], x[4 + c], 0xdd);
+    const __m512i s = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0xdd);
+    _mm512_storeu_si512(dst + c * ldd, _mm512_shuffle_i32x4(p, q, 0x88));
+    _mm512_storeu_si512(dst + (4 + c) * ldd, _mm512_shuffle_i32x4(r, s, 0x88));
+    _mm512_storeu_si512(dst + (8 + c) * ldd, _mm512_shuffle_i32x4(p, q, 0xdd));
+    _mm512_storeu_si512(dst + (12 + c) * ldd, _mm512_shuffle_i32x4(r, s, 0xdd));
+  }
+}
+
+// The transpose of [R, W] in pairs: [W / 2, R], R a multiple of 16 and W of 32.
+FASTSSL_AMX inline void pair_columns(const uint16_t* src, int64_t ld, int64_t R, int64_t W,
+                                     uint32_t* dst, int64_t ldd) {
+  for (int64_t r = 0; r < R; r += 16) {
+    for (int64_t w = 0; w < W / 2; w += 16) {
+      const uint32_t* from = reinterpret_cast<const uint32_t*>(src + r * ld) + w;
+      transpose_block(from, ld / 2, dst + w * ldd + r, ldd);
+    }
+  }
+}
+
+// 2^x for x <= 0 with a relative error under 1e-5, for results that are stored in bfloat16.
+FASTSSL_AMX inline __m512 exp2(__m512 x) {
+  const __m512 n = _mm512_roundscale_ps(x, 0);
+  const __m512 r = _mm512_sub_ps(x, n);
+  __m512 p = _mm512_set1_ps(9.6147e-3f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.55055e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.402265e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931471e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, n);
+}
+
+FASTSSL_AMX inline __m256i to_bf16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+
+FASTSSL_AMX inline __m512 from_bf16(__m256i words) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+}
+
+}  // namespace fastssl::amx
+
+#endif

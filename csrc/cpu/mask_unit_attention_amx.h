@@ -1,0 +1,356 @@
+// mask_unit_attention on bfloat16 tiles: a group of units and one head at a time.
+#pragma once
+
+#include "amx.h"
+#include "mask_unit_attention.h"
+
+#ifdef FASTSSL_HAS_AMX
+
+namespace fastssl::amx {
+
+constexpr int64_t kQueryBlock = 32;
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// The operands of one group and head, padded to whole tiles, one behind the other in scratch
+// memory.
+struct Buffers {
+  int64_t queries, keys, width;                        // padded to multiples of 32
+  uint16_t *q, *k, *v, *dout;                          // rows [queries or keys, width]
+  uint32_t *k_columns, *v_columns;                     // pairs of columns [width / 2, keys]
+  uint32_t *q_pairs, *k_pairs, *v_pairs, *dout_pairs;  // pairs of rows
+  uint16_t *p_transposed, *ds_transposed;              // [keys, queries]
+  uint8_t* argmax;                                     // [queries, width]
+  float *scores, *dp, *product;                        // [32, keys], [32, keys], [32, width]
+  uint16_t *p, *ds;                                    // [32, keys]
+  uint32_t *p_pairs, *ds_pairs;                        // [16, keys]
+};
+
+// Lays the buffers out from `base` on and returns their size in bytes.
+inline int64_t lay_out(const Geometry& g, bool backward, uint8_t* base, Buffers* out) {
+  Buffers& b = *out;
+  int64_t used = 0;
+  const auto take = [&](auto*& pointer, int64_t count) {
+    using T = std::remove_reference_t<decltype(*pointer)>;
+    pointer = reinterpret_cast<T*>(base + used);
+    used += round_up(count * int64_t(sizeof(T)), 64);
+  };
+  const int64_t q = b.queries = round_up(g.group * g.unit_queries(), 32);
+  const int64_t k = b.keys = round_up(g.group * g.unit_size, 32);
+  const int64_t w = b.width = round_up(g.head_dim, 32);
+  take(b.q, q * w);
+  take(b.k, k * w);
+  take(b.v, k * w);
+  take(b.k_columns, w / 2 * k);
+  take(b.scores, kQueryBlock * k);
+  take(b.product, kQueryBlock * w);
+  if (!backward) {
+    take(b.v_pairs, k / 2 * w);
+    take(b.p, kQueryBlock * k);
+    return used;
+  }
+  take(b.dout, q * w);
+  take(b.v_columns, w / 2 * k);
+  take(b.q_pairs, q / 2 * w);
+  take(b.k_pairs, k / 2 * w);
+  take(b.dout_pairs, q / 2 * w);
+  take(b.p_transposed, k * q);
+  take(b.ds_transposed, k * q);
+  take(b.argmax, q * w);
+  take(b.dp, kQueryBlock * k);
+  take(b.ds, kQueryBlock * k);
+  take(b.p_pairs, kQueryBlock / 2 * k);
+  take(b.ds_pairs, kQueryBlock / 2 * k);
+  return used;
+}
+
+// Query rows of one unit: the maximum of the tokens that share one, and which of them it was.
+FASTSSL_AMX inline void pool_queries(const Geometry& g, const uint16_t* unit, uint16_t* rows,
+                                     int64_t ld, uint8_t* argmax) {
+  const int64_t queries = g.unit_queries();
+  for (int64_t i = 0; i < queries; ++i) {
+    for (int64_t c = 0; c < ld; c += 16) {
+      const __mmask16 mask = c < g.head_dim ? first_lanes(g.head_dim - c) : 0;
+      const uint16_t* from = unit + i * g.token_stride() + c;
+      __m512 best = from_bf16(_mm256_maskz_loadu_epi16(mask, from));
+      __m512i which = _mm512_setzero_si512();
+      for (int64_t s = 1; s < g.q_stride; ++s) {
+        from += queries * g.token_stride();
+        const __m512 x = from_bf16(_mm256_maskz_loadu_epi16(mask, from));
+        // Greater, or a NaN.
+        const __mmask16 better =
+            _mm512_cmp_ps_mask(x, best, _CMP_GT_OQ) | _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+        best = _mm512_mask_mov_ps(best, better, x);
+        which = _mm512_mask_mov_epi32(which, better, _mm512_set1_epi32(int(s)));
+      }
+      _mm256_storeu_si256((__m256i*)(rows + i * ld + c),
+                          _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(best), 16)));
+      if (argmax) _mm_storeu_si128((__m128i*)(argmax + i * ld + c), _mm512_cvtepi32_epi8(which));
+    }
+  }
+}
+
+FASTSSL_AMX inline void load_queries(const Geometry& g, const Buffers& b, const uint16_t* tokens,
+                                     int64_t units, bool backward) {
+  const int64_t rows = units * g.unit_queries();
+  if (g.q_stride == 1) {
+    return copy_padded(tokens, g.token_stride(), rows, g.head_dim, b.q, b.width, b.queries);
+  }
+  for (int64_t u = 0; u < units; ++u) {
+    const int64_t first = u * g.unit_queries() * b.width;
+    pool_queries(g, tokens + u * g.unit_size * g.token_stride(), b.q + first, b.width,
+                 backward ? b.argmax + first : nullptr);
+  }
+  copy_padded(nullptr, 0, 0, 0, b.q + rows * b.width, b.width, b.queries - rows);
+}
+
+// Which keys the queries of a group's unit attend to: keys 0 .. count - 1 of a single unit; of
+// units that share a tile, of 64 keys at most, those whose bit is set.
+struct Keys {
+  int64_t count;
+  uint64_t bits;
+
+  template <bool kShared>
+  FASTSSL_AMX __mmask16 lanes(int64_t j) const {
+    return kShared ? __mmask16(bits >> j) : first_lanes(count - j);
+  }
+};
+
+inline Keys keys_of(const Geometry& g, int64_t query) {
+  if (g.group == 1) return {g.unit_size, 0};
+  const uint64_t unit = (uint64_t(1) << g.unit_size) - 1;
+  return {g.group * g.unit_size, unit << (query / g.unit_queries() * g.unit_size)};
+}
+
+// The largest score of a query.
+template <bool kShared>
+FASTSSL_AMX inline __m512 largest(const float* s, const Keys& keys) {
+  __m512 top = _mm512_set1_ps(-INFINITY), other = top;
+  int64_t j = 0;
+  if (!kShared) {
+    for (; j + 32 <= keys.count; j += 32) {
+      top = _mm512_max_ps(top, _mm512_loadu_ps(s + j));
+      other = _mm512_max_ps(other, _mm512_loadu_ps(s + j + 16));
+    }
+  }
+  for (; j < keys.count; j += 16) {
+    top = _mm512_mask_max_ps(top, keys.lanes<kShared>(j), top, _mm512_loadu_ps(s + j));
+  }
+  return _mm512_set1_ps(_mm512_reduce_max_ps(_mm512_max_ps(top, other)));
+}
+
+// 2^(factor * (score - largest)) of all keys, zeros up to `padded`: in bfloat16 in p. Returns their
+// sum.
+template <bool kShared>
+FASTSSL_AMX inline float forward_row(const float* s, const Keys& keys, int64_t padded, float factor,
+                                     uint16_t* p) {
+  const __m512 scale = _mm512_set1_ps(factor), top = largest<kShared>(s, keys);
+  __m512 sum = _mm512_setzero_ps();
+  int64_t j = 0;
+  if (!kShared) {
+    for (; j + 16 <= keys.count; j += 16) {
+      const __m512 e = exp2(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(s + j), top), scale));
+      sum = _mm512_add_ps(sum, e);
+      _mm256_storeu_si256((__m256i*)(p + j), to_bf16(e));
+    }
+  }
+  for (; j < keys.count; j += 16) {
+    const __m512 x = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(s + j), top), scale);
+    const __m512 e = _mm512_maskz_mov_ps(keys.lanes<kShared>(j), exp2(x));
+    sum = _mm512_add_ps(sum, e);
+    _mm256_storeu_si256((__m256i*)(p + j), to_bf16(e));
+  }
+  for (; j < padded; j += 16) _mm256_storeu_si256((__m256i*)(p + j), _mm256_setzero_si256());
+  return _mm512_reduce_add_ps(sum);
+}
+
+// What turns a row of exponentials and of dp into probabilities and the gradient of the scores:
+// p = e * inverse, ds = p * (dp - delta) * scale. All zero for a row that is no query.
+struct RowFactors {
+  float inverse = 0.0f, delta = 0.0f;
+};
+
+// Replaces the scores of one query by 2^(factor * (score - largest)), zeros up to `padded`.
+template <bool kShared>
+FASTSSL_AMX inline RowFactors backward_row(float* s, const float* dp, const Keys& keys,
+                                           int64_t padded, float factor) {
+  const __m512 scales = _mm512_set1_ps(factor), top = largest<kShared>(s, keys);
+  __m512 sum = _mm512_setzero_ps(), weighted = sum;
+  int64_t j = 0;
+  if (!kShared) {
+    for (; j + 16 <= keys.count; j += 16) {
+      const __m512 e = exp2(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(s + j), top), scales));
+      sum = _mm512_add_ps(sum, e);
+      weighted = _mm512_fmadd_ps(e, _mm512_loadu_ps(dp + j), weighted);
+      _mm512_storeu_ps(s + j, e);
+    }
+  }
+  for (; j < keys.count; j += 16) {
+    const __m512 x = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(s + j), top), scales);
+    const __m512 e = _mm512_maskz_mov_ps(keys.lanes<kShared>(j), exp2(x));
+    sum = _mm512_add_ps(sum, e);
+    weighted = _mm512_fmadd_ps(e, _mm512_loadu_ps(dp + j), weighted);
+    _mm512_storeu_ps(s + j, e);
+  }
+  for (; j < padded; j += 16) _mm512_storeu_ps(s + j, _mm512_setzero_ps());
+  const float inverse = 1.0f / _mm512_reduce_add_ps(sum);
+  return {inverse, _mm512_reduce_add_ps(weighted) * inverse};
+}
+
+// From the exponentials and dp of 32 queries to p and ds: both in pairs of rows [16, keys], and the
+// rows of ds in bfloat16.
+FASTSSL_AMX inline void gradient_rows(const Buffers& b, const RowFactors* factors, float scale) {
+  alignas(64) uint16_t order[32];
+  for (int w = 0; w < 32; ++w) order[w] = uint16_t(w / 2 + w % 2 * 16);
+  const __m512i interleave = _mm512_load_si512(order);
+  const __m512 scales = _mm512_set1_ps(scale);
+  for (int64_t r = 0; r < kQueryBlock; r += 2) {
+    const float *s = b.scores + r * b.keys, *dp = b.dp + r * b.keys;
+    uint16_t* ds = b.ds + r * b.keys;
+    uint32_t *p_pairs = b.p_pairs + r / 2 * b.keys, *ds_pairs = b.ds_pairs + r / 2 * b.keys;
+    const __m512 inverse_0 = _mm512_set1_ps(factors[r].inverse);
+    const __m512 inverse_1 = _mm512_set1_ps(factors[r + 1].inverse);
+    const __m512 delta_0 = _mm512_set1_ps(factors[r].delta);
+    const __m512 delta_1 = _mm512_set1_ps(factors[r + 1].delta);
+    for (int64_t j = 0; j < b.keys; j += 16) {
+      const __m512 p_0 = _mm512_mul_ps(_mm512_loadu_ps(s + j), inverse_0);
+      const __m512 p_1 = _mm512_mul_ps(_mm512_loadu_ps(s + b.keys + j), inverse_1);
+      const __m512 dp_0 = _mm512_loadu_ps(dp + j), dp_1 = _mm512_loadu_ps(dp + b.keys + j);
+      const __m512 ds_0 = _mm512_mul_ps(_mm512_mul_ps(p_0, scales), _mm512_sub_ps(dp_0, delta_0));
+      const __m512 ds_1 = _mm512_mul_ps(_mm512_mul_ps(p_1, scales), _mm512_sub_ps(dp_1, delta_1));
+      const __m512i p = (__m512i)_mm512_cvtne2ps_pbh(p_1, p_0);
+      const __m512i d = (__m512i)_mm512_cvtne2ps_pbh(ds_1, ds_0);
+      _mm512_storeu_si512(p_pairs + j, _mm512_permutexvar_epi16(interleave, p));
+      _mm512_storeu_si512(ds_pairs + j, _mm512_permutexvar_epi16(interleave, d));
+      _mm256_storeu_si256((__m256i*)(ds + j), _mm512_castsi512_si256(d));
+      _mm256_storeu_si256((__m256i*)(ds + b.keys + j), _mm512_extracti64x4_epi64(d, 1));
+    }
+  }
+}
+
+// Pairs of rows [16, keys] -> columns i .. i + 31 of the transpose [keys, queries].
+FASTSSL_AMX inline void transpose_pairs(const Buffers& b, const uint32_t* pairs,
+                                        uint16_t* transposed, int64_t i) {
+  for (int64_t j = 0; j < b.keys; j += 16) {
+    uint32_t* to = reinterpret_cast<uint32_t*>(transposed + j * b.queries + i);
+    transpose_block(pairs + j, b.keys, to, b.queries / 2);
+  }
+}
+
+// A row of `src`, times `factor`, in bfloat16.
+FASTSSL_AMX inline void store_row(const float* src, float factor, int64_t columns, uint16_t* dst) {
+  for (int64_t c = 0; c < columns; c += 16) {
+    const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(src + c), _mm512_set1_ps(factor));
+    _mm256_mask_storeu_epi16(dst + c, first_lanes(columns - c), to_bf16(x));
+  }
+}
+
+// Some units and one head, to whose channels tokens and out point.
+FASTSSL_AMX inline void forward(const Geometry& g, const Buffers& b, const uint16_t* tokens,
+                                int64_t units, uint16_t* out) {
+  const int64_t queries = units * g.unit_queries(), keys = units * g.unit_size;
+  const int64_t stride = g.token_stride(), width = round_up(g.head_dim, 16);
+  load_queries(g, b, tokens, units, false);
+  copy_padded(tokens + g.dim(), stride, keys, g.head_dim, b.k, b.width, b.keys);
+  copy_padded(tokens + 2 * g.dim(), stride, keys, g.head_dim, b.v, b.width, b.keys);
+  pair_columns(b.k, b.width, b.keys, b.width, b.k_columns, b.keys);
+  pair_rows(b.v, b.width, b.keys, b.width, b.v_pairs, b.width);
+  const float factor = g.scale() * kLog2e;
+  for (int64_t i = 0; i < queries; i += kQueryBlock) {
+    const int64_t rows = std::min(kQueryBlock, queries - i), tiles = round_up(rows, 16);
+    multiply(b.q + i * b.width, b.width, b.k_columns, b.keys, b.scores, b.keys, tiles, b.keys,
+             b.width);
+    float sums[kQueryBlock];
+    for (int64_t r = 0; r < rows; ++r) {
+      const Keys own = keys_of(g, i + r);
+      const float* s = b.scores + r * b.keys;
+      uint16_t* p = b.p + r * b.keys;
+      sums[r] = g.group == 1 ? forward_row<false>(s, own, b.keys, factor, p)
+                             : forward_row<true>(s, own, b.keys, factor, p);
+    }
+    multiply(b.p, b.keys, b.v_pairs, b.width, b.product, b.width, tiles, width, b.keys);
+    for (int64_t r = 0; r < rows; ++r) {
+      store_row(b.product + r * b.width, 1.0f / sums[r], g.head_dim, out + (i + r) * g.dim());
+    }
+  }
+}
+
+// The gradient of one query to the token that was its maximum, zeros to the others.
+FASTSSL_AMX inline void store_pooled_row(const Geometry& g, const float* src, const uint8_t* argmax,
+                                         uint16_t* token) {
+  for (int64_t c = 0; c < g.head_dim; c += 16) {
+    const __mmask16 mask = first_lanes(g.head_dim - c);
+    const __m256i x = to_bf16(_mm512_loadu_ps(src + c));
+    const __m128i which = _mm_loadu_si128((const __m128i*)(argmax + c));
+    for (int64_t s = 0; s < g.q_stride; ++s) {
+      const __mmask16 here = _mm_cmpeq_epi8_mask(which, _mm_set1_epi8(char(s)));
+      uint16_t* to = token + s * g.unit_queries() * g.token_stride() + c;
+      _mm256_mask_storeu_epi16(to, mask, _mm256_maskz_mov_epi16(here, x));
+    }
+  }
+}
+
+FASTSSL_AMX inline void backward(const Geometry& g, const Buffers& b, const uint16_t* dout,
+                                 const uint16_t* tokens, int64_t units, uint16_t* dtokens) {
+  const int64_t queries = units * g.unit_queries(), keys = units * g.unit_size;
+  const int64_t stride = g.token_stride(), width = round_up(g.head_dim, 16);
+  load_queries(g, b, tokens, units, true);
+  copy_padded(tokens + g.dim(), stride, keys, g.head_dim, b.k, b.width, b.keys);
+  copy_padded(tokens + 2 * g.dim(), stride, keys, g.head_dim, b.v, b.width, b.keys);
+  copy_padded(dout, g.dim(), queries, g.head_dim, b.dout, b.width, b.queries);
+  pair_columns(b.k, b.width, b.keys, b.width, b.k_columns, b.keys);
+  pair_columns(b.v, b.width, b.keys, b.width, b.v_columns, b.keys);
+  pair_rows(b.q, b.width, b.queries, b.width, b.q_pairs, b.width);
+  pair_rows(b.k, b.width, b.keys, b.width, b.k_pairs, b.width);
+  pair_rows(b.dout, b.width, b.queries, b.width, b.dout_pairs, b.width);
+  const float factor = g.scale() * kLog2e;
+  for (int64_t i = 0; i < queries; i += kQueryBlock) {
+    const int64_t rows = std::min(kQueryBlock, queries - i);
+    multiply(b.q + i * b.width, b.width, b.k_columns, b.keys, b.scores, b.keys, kQueryBlock, b.keys,
+             b.width);
+    multiply(b.dout + i * b.width, b.width, b.v_columns, b.keys, b.dp, b.keys, kQueryBlock, b.keys,
+             b.width);
+    RowFactors factors[kQueryBlock];
+    for (int64_t r = 0; r < rows; ++r) {
+      const Keys own = keys_of(g, i + r);
+      float* s = b.scores + r * b.keys;
+      const float* dp = b.dp + r * b.keys;
+      factors[r] = g.group == 1 ? backward_row<false>(s, dp, own, b.keys, factor)
+                                : backward_row<true>(s, dp, own, b.keys, factor);
+    }
+    gradient_rows(b, factors, g.scale());
+    transpose_pairs(b, b.p_pairs, b.p_transposed, i);
+    transpose_pairs(b, b.ds_pairs, b.ds_transposed, i);
+    multiply(b.ds, b.keys, b.k_pairs, b.width, b.product, b.width, kQueryBlock, width, b.keys);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* dq = b.product + r * b.width;
+      const int64_t unit = (i + r) / g.unit_queries(), query = (i + r) % g.unit_queries();
+      uint16_t* to = dtokens + (unit * g.unit_size + query) * stride;
+      if (g.q_stride == 1) {
+        store_row(dq, 1.0f, g.head_dim, to);
+      } else {
+        store_pooled_row(g, dq, b.argmax + (i + r) * b.width, to);
+      }
+    }
+  }
+  for (int64_t j = 0; j < keys; j += kQueryBlock) {
+    const int64_t rows = std::min(kQueryBlock, keys - j), tiles = round_up(rows, 16);
+    const struct {
+      const uint16_t* left;
+      const uint32_t* right;
+      int64_t offset;
+    } products[2] = {{b.ds_transposed, b.q_pairs, g.dim()},
+                     {b.p_transposed, b.dout_pairs, 2 * g.dim()}};
+    for (const auto& x : products) {
+      multiply(x.left + j * b.queries, b.queries, x.right, b.width, b.product, b.width, tiles,
+               width, round_up(queries, kQueryBlock));
+      for (int64_t r = 0; r < rows; ++r) {
+        store_row(b.product + r * b.width, 1.0f, g.head_dim, dtokens + (j + r) * stride + x.offset);
+      }
+    }
+  }
+}
+
+}  // namespace fastssl::amx
+
+#endif

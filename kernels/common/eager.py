@@ -1,0 +1,49 @@
+"""Calls of registered ops in plain eager mode, without torch.library's detour through Python.
+
+The registered op is what torch.compile, export, torch.func and dispatch modes (FLOP counters, fake
+tensors) see. Where nothing looks on, its body runs at once, under an autograd.Function with the
+op's own backward: 40 microseconds instead of 120 for a forward and its backward, which is what a
+small kernel takes.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.library import CustomOpDef
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def direct(
+    op: CustomOpDef, setup_context: Callable | None = None, backward: Callable | None = None
+) -> Callable:
+    """A function of the op's positional arguments: the op's body where nothing intercepts calls.
+
+    `setup_context` and `backward` are those of op.register_autograd; None for an op without a
+    gradient.
+    """
+    registered, body = op._opoverload, op._init_fn
+    differentiable = body
+    if backward is not None:
+        methods = {"forward": body, "setup_context": setup_context, "backward": backward}
+        methods = {name: staticmethod(method) for name, method in methods.items()}
+        differentiable = type(op._name, (torch.autograd.Function,), methods).apply
+
+    def call(*args: object) -> object:
+        if is_intercepted(args):
+            return registered(*args)
+        return differentiable(*args) if torch.is_grad_enabled() else body(*args)
+
+    return call
+
+
+def is_intercepted(args: tuple) -> bool:
+    """Whether something other than plain tensors in plain eager mode would see a call."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.jit.is_tracing()
+        or any(isinstance(x, Tensor) and type(x) not in _PLAIN for x in args)
+    )

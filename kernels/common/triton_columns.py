@@ -1,0 +1,102 @@
+"""Sums of the columns of a matrix in Triton: a bias's gradient."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastssl.kernels.common.triton_utils import AotCase, device_properties
+
+
+@dataclass(frozen=True)
+class Config:
+    """Rows that a program reads at once, and its columns."""
+
+    BLOCK_M: int = 16
+    BLOCK_N: int = 128
+    num_warps: int = 4
+
+
+CONFIG = Config()
+# Programs per processor that fill a GPU.
+_PROGRAMS = 4
+
+
+@triton.jit
+def _column_sums_kernel(
+    x_ptr,  # [M, N]
+    parts_ptr,  # [slices, N] float32
+    M,
+    N,
+    rows_per_slice,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    num_tiles = tl.cdiv(N, BLOCK_N)
+    part = (tl.program_id(0) // num_tiles).to(tl.int64)
+    n = (tl.program_id(0) % num_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n < N
+    first = part * rows_per_slice
+    last = tl.minimum(M, first + rows_per_slice)
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(first, last, BLOCK_M):
+        m = start + tl.arange(0, BLOCK_M).to(tl.int64)
+        tile = (m < last)[:, None] & inside[None, :]
+        x = tl.load(x_ptr + m[:, None] * N + n[None, :], mask=tile, other=0.0)
+        sums += x.to(tl.float32)
+    tl.store(parts_ptr + part * N + n, tl.sum(sums, axis=0), mask=inside)
+
+
+def num_slices(num_rows: int, num_columns: int, block_m: int, block_n: int, device) -> int:
+    """Slices of the rows that fill the device, of a whole number of blocks each."""
+    tiles = triton.cdiv(num_columns, block_n)
+    wanted = max(1, _PROGRAMS * device_properties(device).num_processors // tiles)
+    return max(1, min(wanted, triton.cdiv(num_rows, block_m)))
+
+
+def rows_per_slice(num_rows: int, slices: int, block_m: int) -> int:
+    return triton.cdiv(triton.cdiv(num_rows, slices), block_m) * block_m
+
+
+def sum_slices(x: Tensor, slices: int) -> Tensor:  # [M, N] -> [slices, N]
+    rows, columns = x.shape
+    parts = x.new_empty((slices, columns), dtype=torch.float32)
+    grid = (slices * triton.cdiv(columns, CONFIG.BLOCK_N),)
+    _column_sums_kernel[grid](
+        x,
+        parts,
+        rows,
+        columns,
+        rows_per_slice(rows, slices, CONFIG.BLOCK_M),
+        BLOCK_M=CONFIG.BLOCK_M,
+        BLOCK_N=CONFIG.BLOCK_N,
+        num_warps=CONFIG.num_warps,
+    )
+    return parts
+
+
+def column_sums(x: Tensor, sums: Tensor) -> None:
+    """Fill sums [N] float32 with those of the columns of x [M, N]."""
+    if x.numel() == 0:
+        sums.zero_()
+        return
+    slices = num_slices(*x.shape, CONFIG.BLOCK_M, CONFIG.BLOCK_N, x.device)
+    parts = sum_slices(x, slices)
+    sums.copy_((parts if slices == 1 else sum_slices(parts, 1))[0])
+
+
+def aot_cases() -> list[AotCase]:
+    """A bf16 gradient, and the partial sums of one."""
+    return [
+        AotCase(
+            _column_sums_kernel,
+            {"x_ptr": x_ptr, "parts_ptr": "*fp32"}
+            | dict.fromkeys(("M", "N", "rows_per_slice"), "i32"),
+            {"BLOCK_M": CONFIG.BLOCK_M, "BLOCK_N": CONFIG.BLOCK_N},
+            CONFIG.num_warps,
+            variant=variant,
+        )
+        for variant, x_ptr in (("bf16", "*bf16"), ("fp32", "*fp32"))
+    ]

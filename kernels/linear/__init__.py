@@ -1,0 +1,22 @@
+"""A linear layer in mixed precision, with gradients in the dtypes of what they belong to.
+
+With M rows, K inputs and N outputs, and the casts to and from the product's dtype included::
+
+    y = x weight^T + bias
+    dx = dy weight, dweight = dy^T x, dbias = sum of the rows of dy
+
+In float32 and float64 without autocast this is F.linear, on every backend. Otherwise on cpp: the
+bias is added inside the product; dweight comes from a product whose smaller operand is transposed
+beforehand, which takes half the time of one that reads it transposed, and is turned back by the
+cast to the weight's dtype; everything large is written into huge pages. On triton the products are
+torch's, that of dweight with a float32 result; a kernel sums dbias.
+
+FLOPs: 2 MNK forward, 4 MNK backward. Saved for backward: x and weight in the product's dtype. Peak
+extra memory: on cpp backward holds dweight and the smaller of x and dy once more in the product's
+dtype, where x has another dtype also dx; on both, dbias takes partial sums, N floats per 32 rows on
+cpp.
+"""
+
+from fastssl.kernels.linear.op import linear
+
+__all__ = ["linear"]
