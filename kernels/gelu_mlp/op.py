@@ -85,12 +85,14 @@ def _gelu_mlp(
 
         triton_kernel.gelu_mlp_fwd(h, bias, activation)
     y = products.affine(activation, own[2], fc2_bias, backend)
-    nothing = [x.new_empty((0,), dtype=dtype) for _ in range(4)]
     saved = (h, *own)
     kept = _kept(x, fc1_weight, fc2_weight, dtype, saves)
     return (
         y.view(*x.shape[:-1], fc2_weight.shape[0]),
-        *(a if keep else b for a, b, keep in zip(saved, nothing, kept, strict=True)),
+        *(
+            value if keep else x.new_empty((0,), dtype=dtype)
+            for value, keep in zip(saved, kept, strict=True)
+        ),
     )
 
 
@@ -133,7 +135,7 @@ def _gelu_mlp_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x (of `shape`), fc1_weight, fc1_bias, fc2_weight and fc2_bias; those without a
     dtype are not wanted, and empty."""
-    dx, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias = (dy.new_empty((0,)) for _ in range(5))
+    dx = dfc1_weight = dfc1_bias = dfc2_weight = dfc2_bias = None
     dy = products.rows_of(dy)
     if dfc2_bias_dtype is not None:
         dfc2_bias = products.column_sums(dy, backend).to(dfc2_bias_dtype)
@@ -151,7 +153,8 @@ def _gelu_mlp_backward(
     if dx_dtype is not None:
         dx = products.cast(products.multiply(dh, fc1_weight, backend), dx_dtype, backend)
         dx = dx.view(*shape)
-    return dx, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias
+    grads = (dx, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias)
+    return tuple(dy.new_empty((0,)) if grad is None else grad for grad in grads)
 
 
 def _gelu_backward(

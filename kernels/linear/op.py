@@ -53,13 +53,13 @@ def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, and x and weight in `dtype`; the latter two empty where they have it already."""
-    own_x = products.cast(products.rows_of(x), dtype, backend)
+    own_x = products.cast(x, dtype, backend)
     own_weight = products.cast(weight, dtype, backend)
-    y = products.affine(own_x, own_weight, bias, backend)
+    y = products.affine(products.rows_of(own_x), own_weight, bias, backend)
     return (
         y.view(*x.shape[:-1], weight.shape[0]),
-        x.new_empty((0,)) if x.dtype == dtype else own_x.view(x.shape),
-        x.new_empty((0,)) if weight.dtype == dtype else own_weight,
+        x.new_empty((0,)) if own_x is x else own_x,
+        x.new_empty((0,)) if own_weight is weight else own_weight,
     )
 
 
@@ -84,17 +84,19 @@ def _linear_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx of `shape`, dweight and dbias; those without a dtype are not wanted, and empty."""
-    dx, dweight, dbias = (dy.new_empty((0,)) for _ in range(3))
+    dx = dweight = dbias = None
     dy = products.rows_of(dy)
-    if dbias_dtype is not None:
-        dbias = products.column_sums(dy, backend).to(dbias_dtype)
-    if dweight_dtype is not None:
-        x = products.rows_of(x)
-        dweight = products.weight_gradient(dy, x, dweight_dtype, backend)
-    if dx_dtype is not None:
-        dx = products.cast(products.multiply(dy, weight, backend), dx_dtype, backend)
-        dx = dx.view(*shape)
-    return dx, dweight, dbias
+    # The dtypes are decided, whatever context backward is called in.
+    with torch.autocast(dy.device.type, enabled=False):
+        if dbias_dtype is not None:
+            dbias = products.column_sums(dy, backend).to(dbias_dtype)
+        if dweight_dtype is not None:
+            x = products.rows_of(x)
+            dweight = products.weight_gradient(dy, x, dweight_dtype, backend)
+        if dx_dtype is not None:
+            dx = products.cast(products.multiply(dy, weight, backend), dx_dtype, backend)
+            dx = dx.view(*shape)
+    return tuple(dy.new_empty((0,)) if grad is None else grad for grad in (dx, dweight, dbias))
 
 
 @_linear_backward.register_fake
