@@ -25,8 +25,8 @@ try:
 except ImportError:
     transformers = None
 
-# Both sides compute in bf16, each in an order of its own: the first layer's gradient of Hiera is 5 to
-# 6 % off float32's in transformers' model as in ours.
+# Both sides compute in bf16, each in an order of its own: the gradient of Hiera's first layer is 5
+# to 6 % off float32's in transformers' model as in ours.
 TOLERANCE = 1e-1
 # Gradients that the contenders must agree on: those of the first and of the last layer.
 LANDMARKS = (("patch_embed.proj.weight", "projection.weight"), "decoder_pred.weight")
