@@ -33,8 +33,6 @@ QUICK = {
 }
 # What makes a model small enough to show that everything runs.
 QUICK_ARGUMENTS = {"input_size": (64, 64), "stages": (1, 1, 1, 1), "embed_dim": 16}
-# A GPU has room for more than a CPU's batch.
-BATCH_FACTOR = {"cuda": 8}
 
 
 def cases(quick: bool) -> list[Case]:
@@ -57,9 +55,7 @@ def _case(
     direction: str,
 ) -> Case:
     def make_inputs(device: torch.device) -> tuple:
-        count = batch * BATCH_FACTOR.get(device.type, 1)
-        images = torch.randn(count, *size, device=device)
-        return (images, torch.rand(count, units, device=device))
+        return torch.randn(batch, *size, device=device), torch.rand(batch, units, device=device)
 
     def contenders(device: torch.device) -> dict[str, Contender]:
         model = getattr(models, factory)(**arguments).to(device)

@@ -197,7 +197,7 @@ FASTSSL_AMX inline void pair_columns(const uint16_t* src, int64_t ld, int64_t R,
   }
 }
 
-// 2^x for x <= 0 with a relative error under 1e-5, for results that are stored in bfloat16.
+// 2^x for x <= 0 with a relative error under 1e-4, for results that are stored in bfloat16.
 FASTSSL_AMX inline __m512 exp2(__m512 x) {
   const __m512 n = _mm512_roundscale_ps(x, 0);
   const __m512 r = _mm512_sub_ps(x, n);

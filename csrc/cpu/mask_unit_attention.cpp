@@ -321,6 +321,8 @@ void run(const std::optional<Tensor>& dout, const Tensor& qkv, int64_t heads, in
   });
 }
 
+bool has_tiles() { return uses_tiles(ScalarType::BFloat16); }
+
 void mask_unit_attention_fwd(Tensor qkv, int64_t heads, int64_t unit_size, int64_t q_stride,
                              int64_t num_threads, Tensor out) {
   run(std::nullopt, qkv, heads, unit_size, q_stride, num_threads, out);
@@ -334,12 +336,17 @@ void mask_unit_attention_bwd(Tensor dout, Tensor qkv, int64_t heads, int64_t uni
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastssl_csrc, m) {
+  m.def("has_tiles() -> bool");
   m.def(
       "mask_unit_attention_fwd(Tensor qkv, int num_heads, int unit_size, int q_stride, "
       "int num_threads, Tensor(a!) out) -> ()");
   m.def(
       "mask_unit_attention_bwd(Tensor dout, Tensor qkv, int num_heads, int unit_size, "
       "int q_stride, int num_threads, Tensor(a!) dqkv) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastssl_csrc, CompositeExplicitAutograd, m) {
+  m.impl("has_tiles", TORCH_BOX(&has_tiles));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastssl_csrc, CPU, m) {

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastssl.nn.attention import Attention
 from fastssl.nn.drop_path import DropPath
+from fastssl.nn.linear import is_plain
 from fastssl.nn.mlp import Mlp
 from fastssl.nn.norm import add_layer_norm, layer_norm
 
@@ -66,8 +67,11 @@ class Block(nn.Module):
         if drop_path.num_kept(x.shape[0]) < x.shape[0]:
             x = drop_path.add_branch(x, x, self._attend)
             return drop_path.add_branch(x, x, self._feed_forward)
-        branch = self.attn(layer_norm(self.norm1, x))
-        gamma = self.ls1.gamma if isinstance(self.ls1, LayerScale) else None
+        branch, gamma = self.attn(layer_norm(self.norm1, x)), None
+        if is_plain(self.ls1, LayerScale):
+            gamma = self.ls1.gamma
+        else:
+            branch = self.ls1(branch)
         x, y = add_layer_norm(self.norm2, x, branch, gamma=gamma, scale=drop_path.draw(x))
         return x + drop_path(self.ls2(self.mlp(y)))
 

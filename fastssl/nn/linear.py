@@ -1,4 +1,4 @@
-"""nn.Linear whose weight's gradient comes in the weight's own precision."""
+"""nn.Linear as one op under autocast."""
 
 from torch import Tensor, nn
 
@@ -9,7 +9,7 @@ class Linear(nn.Linear):
     """As nn.Linear, with its arguments and keys: [..., in_features] -> [..., out_features].
 
     Under autocast it is one op, `functional.linear`: the weight is cast once, and its gradient is
-    made in the weight's dtype.
+    returned in the weight's dtype.
     """
 
     def forward(self, x: Tensor) -> Tensor:

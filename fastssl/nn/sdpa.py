@@ -10,15 +10,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl import functional
-from fastssl.kernels.common import dispatch, env
+from fastssl.kernels.common import dispatch, env, libraries
 
 # torch's CUDA kernels put the batch into a grid dimension that ends here (pytorch #142228).
 MAX_BATCH = 65_535
 # Above this many keys the written-out scores take too much memory to be worth their speed.
 MAX_EXPLICIT_KEYS = 1024
-# Up to so many keys mask_unit_attention's kernels are taken: measured against torch's on a CPU; not
-# yet on a GPU, so there only for mask units, which torch's kernels would pad.
+# Up to so many keys mask_unit_attention's kernels are taken where they won against torch's: on a CPU
+# in bfloat16 on tile registers, and with pooling in every dtype. On a GPU they are not measured yet,
+# so there only for mask units, which torch's kernels would pad.
 MAX_FUSED_KEYS = {"cpu": 256, "cuda": 64}
+
+
+def _prefers_kernels(qkv: Tensor, unit_size: int, q_stride: int) -> bool:
+    if env.attention() is not None or unit_size > MAX_FUSED_KEYS.get(qkv.device.type, 0):
+        return False
+    on_tiles = qkv.dtype == torch.bfloat16 and libraries.has_tiles()
+    return qkv.device.type != "cpu" or on_tiles or q_stride > 1
 
 
 def self_attention(
@@ -36,7 +44,7 @@ def self_attention(
     """
     batch, num_tokens, _ = qkv.shape
     unit_size = unit_size or num_tokens
-    if env.attention() is None and unit_size <= MAX_FUSED_KEYS.get(qkv.device.type, 0):
+    if _prefers_kernels(qkv, unit_size, q_stride):
         op = dispatch.OPS["mask_unit_attention"]
         if dispatch.choose_backend(op, None, qkv, num_heads, unit_size, q_stride) != "reference":
             return functional.mask_unit_attention(

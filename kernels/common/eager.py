@@ -1,7 +1,7 @@
 """Calls of registered ops in plain eager mode, without torch.library's detour through Python.
 
-The registered op is what torch.compile, export, torch.func and dispatch modes (FLOP counters, fake
-tensors) see. Where nothing looks on, its body runs at once, under an autograd.Function with the
+The registered op is what torch.compile, export and dispatch modes (FLOP counters, fake tensors)
+see. Where nothing looks on, its body runs at once, under an autograd.Function with the
 op's own backward: 40 microseconds instead of 120 for a forward and its backward, which is what a
 small kernel takes.
 """
@@ -26,7 +26,7 @@ def direct(
     registered, body = op._opoverload, op._init_fn
     differentiable = body
     if backward is not None:
-        methods = {"forward": body, "setup_context": setup_context, "backward": backward}
+        methods = {"forward": body, "setup_context": setup_context, "backward": _once(backward)}
         methods = {name: staticmethod(method) for name, method in methods.items()}
         differentiable = type(op._name, (torch.autograd.Function,), methods).apply
 
@@ -36,6 +36,34 @@ def direct(
         return differentiable(*args) if torch.is_grad_enabled() else body(*args)
 
     return call
+
+
+def _once(backward: Callable) -> Callable:
+    """`backward` with gradients that refuse to be differentiated, instead of counting as constant
+    where somebody asked for that (create_graph=True)."""
+
+    def run(ctx: object, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        found = found if isinstance(found, tuple) else (found,)
+        return tuple(g if g is None else _FirstDerivative.apply(g.requires_grad_()) for g in found)
+
+    return run
+
+
+class _FirstDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, grad: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: object, _: Tensor) -> Tensor:
+        raise RuntimeError(
+            "this op's kernels compute first derivatives only; backend='reference' (or "
+            "FASTSSL_BACKEND=reference) computes all"
+        )
 
 
 def is_intercepted(args: tuple) -> bool:

@@ -20,6 +20,12 @@ def why_no_cpp_library() -> str | None:
 
 
 @torch.compiler.assume_constant_result
+def has_tiles() -> bool:
+    """Whether the CPU library multiplies bfloat16 on tile registers (Intel's AMX)."""
+    return _load_cpp_library() is None and torch.ops.fastssl_csrc.has_tiles()
+
+
+@torch.compiler.assume_constant_result
 def why_no_cuda_library() -> str | None:
     """None once the GPU's fastssl_cuda ops are loaded, else the reason in words."""
     return _load_cuda_library()

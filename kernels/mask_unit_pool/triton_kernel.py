@@ -51,7 +51,8 @@ def _mask_unit_pool_fwd_kernel(
 ):
     rows, columns, inside = _tile(R, C, BLOCK_R, BLOCK_C)
     first = _first_members(rows, columns, pooled_size, C, Q_STRIDE)
-    step = pooled_size.to(tl.int64) * C
+    # A cast, no method: Triton makes an argument of 1 a constant.
+    step = tl.cast(pooled_size, tl.int64) * C
     best = tl.load(x_ptr + first, mask=inside, other=0.0)
     argmax = tl.zeros((BLOCK_R, BLOCK_C), tl.int32)
     for r in range(1, Q_STRIDE):
@@ -81,7 +82,8 @@ def _mask_unit_pool_bwd_kernel(
 ):
     rows, columns, inside = _tile(R, C, BLOCK_R, BLOCK_C)
     first = _first_members(rows, columns, pooled_size, C, Q_STRIDE)
-    step = pooled_size.to(tl.int64) * C
+    # A cast, no method: Triton makes an argument of 1 a constant.
+    step = tl.cast(pooled_size, tl.int64) * C
     source = rows[:, None] * C + columns
     dout = tl.load(dout_ptr + source, mask=inside, other=0.0)
     argmax = tl.load(argmax_ptr + source, mask=inside, other=0).to(tl.int32)
