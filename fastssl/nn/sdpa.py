@@ -16,9 +16,9 @@ from fastssl.kernels.common import dispatch, env, libraries
 MAX_BATCH = 65_535
 # Above this many keys the written-out scores take too much memory to be worth their speed.
 MAX_EXPLICIT_KEYS = 1024
-# Up to so many keys mask_unit_attention's kernels are taken where they won against torch's: on a CPU
-# in bfloat16 on tile registers, and with pooling in every dtype. On a GPU they are not measured yet,
-# so there only for mask units, which torch's kernels would pad.
+# Up to so many keys mask_unit_attention's kernels are taken where they won against torch's: on a
+# CPU in bfloat16 on tile registers, and with pooling in every dtype. On a GPU they are not measured
+# yet, so there only for mask units, which torch's kernels would pad.
 MAX_FUSED_KEYS = {"cpu": 256, "cuda": 64}
 
 
