@@ -48,14 +48,17 @@ def _once(backward: Callable) -> Callable:
         if not torch.is_grad_enabled():
             return found
         found = found if isinstance(found, tuple) else (found,)
-        return tuple(g if g is None else _FirstDerivative.apply(g.requires_grad_()) for g in found)
+        sources = [x for x in (*grads, *ctx.saved_tensors) if x is not None and x.requires_grad]
+        return tuple(g if g is None else _FirstDerivative.apply(g, *sources) for g in found)
 
     return run
 
 
 class _FirstDerivative(torch.autograd.Function):
+    """`grad`, for autograd a function of the tensors that it was made of."""
+
     @staticmethod
-    def forward(ctx: object, grad: Tensor) -> Tensor:
+    def forward(ctx: object, grad: Tensor, *sources: Tensor) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod

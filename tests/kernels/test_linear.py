@@ -69,11 +69,15 @@ def test_against_float64(parameters, shape, dtype, backend, poisoned_memory):
         assert_close_to_truth(name, *grads, atol)
 
 
-@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "backend"),
+    [
+        (torch.float32, "reference"),
+        (torch.float64, "reference"),
+        *(pytest.param(torch.float32, *b.values, marks=b.marks) for b in BACKENDS),
+    ],
+)
 def test_without_autocast_it_is_torchs(dtype, backend):
-    if dtype == torch.float64 and backend != "reference":
-        pytest.skip("float64 is the reference's")
     inputs = make_inputs(((5,), 7, 3), device_of(backend), dtype)
     grad = torch.randn(5, 3, device=inputs[0].device)
     actual, expected = (

@@ -81,3 +81,17 @@ def test_layer_scale_resets():
     nn.init.zeros_(layer.gamma)
     layer.reset_parameters()
     assert torch.equal(layer(torch.ones(2, 3)), torch.full((2, 3), 0.1))
+
+
+def test_a_replaced_layer_scale_is_called():
+    torch.manual_seed(0)
+    block, x = Block(8, num_heads=2, init_values=0.3), torch.randn(2, 5, 8)
+    expected = x + 10 * block.attn(block.norm1(x))
+    expected = expected + block.ls2(block.mlp(block.norm2(expected)))
+
+    class Tenfold(nn.Module):
+        def forward(self, x):
+            return 10 * x
+
+    block.ls1 = Tenfold()
+    torch.testing.assert_close(block(x), expected)
