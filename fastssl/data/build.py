@@ -10,6 +10,7 @@ from fastssl.data.decode import BrokenImage
 from fastssl.data.folder import ImageFiles, list_images
 from fastssl.data.photos import list_photos
 from fastssl.data.transforms import IMAGENET_MEAN, IMAGENET_STD, RandomResizedCrop
+from fastssl.data.views import View
 
 # The photographs are few, so that an epoch takes many crops of each.
 _CROPS_PER_PHOTO = 64
@@ -19,10 +20,9 @@ def build_datasets(
     data: str,
     *,
     image_size: int | tuple[int, int],
+    views: Sequence[View] | None = None,
     seed: int = 0,
-    scale: tuple[float, float] = (0.2, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    flip: float = 0.5,
+    region: tuple[float, float] | None = None,
     crops_per_image: int | None = None,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
@@ -38,9 +38,10 @@ def build_datasets(
 
     Args:
         data: "photos", or a folder of images at any depth.
-        image_size: side, or (height, width), of a crop in pixels.
-        seed: of the crops.
-        scale, ratio, flip: see `RandomResizedCrop`.
+        image_size: side, or (height, width), of a crop for evaluation in pixels.
+        views: what pretraining sees of a sample. None: one crop of image_size.
+        seed: of the views.
+        region: see `PretrainingCrops`.
         crops_per_image: samples of one picture in an epoch. None: 64 of a photograph, 1 of a
             file in a folder.
         mean, std: of the RGB channels, for normalisation, where white is 1.
@@ -57,7 +58,7 @@ def build_datasets(
         ImportError: the photographs are not installed.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    crop = RandomResizedCrop(size, tuple(scale), tuple(ratio), flip)
+    views = (View(size),) if views is None else tuple(views)
     eval_crop = RandomResizedCrop(size, tuple(eval_scale), (1.0, 1.0), 0.0)
     unreadable: dict[str, str] = {}
     if data == "photos":
@@ -65,7 +66,14 @@ def build_datasets(
     else:
         root, names, unreadable = list_images(data)
     # The smallest crop of half a picture should still have the pixels that it is resized to.
-    shortest_side = math.ceil(2 * max(size) / math.sqrt(min(scale[0], eval_scale[0])))
+    smallest = 1.0 if region is None else region[0]
+    shortest_side = max(
+        math.ceil(2 * max(size) / math.sqrt(share))
+        for size, share in [
+            (size, eval_scale[0]),
+            *((view.size, smallest * view.scale[0]) for view in views),
+        ]
+    )
     files = ImageFiles(root, names, shortest_side)
     files.skipped.update(unreadable)
     files.read_or_next(0)
@@ -75,7 +83,13 @@ def build_datasets(
         crops_per_image = _CROPS_PER_PHOTO if data == "photos" else 1
     norm = {"mean": mean, "std": std}
     train = PretrainingCrops(
-        files, crop, seed=seed, crops_per_image=crops_per_image, held_out=positions, **norm
+        files,
+        views,
+        seed=seed,
+        crops_per_image=crops_per_image,
+        region=region,
+        held_out=positions,
+        **norm,
     )
     if not positions:
         return train, None

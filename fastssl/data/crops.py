@@ -14,6 +14,7 @@ from fastssl import functional as F
 from fastssl.data.batch import Batch
 from fastssl.data.folder import ImageFiles
 from fastssl.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Box, RandomResizedCrop
+from fastssl.data.views import View
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Request:
     indices: Tensor  # [B] int64
     epoch: int = 0
     view: int = 0
+    step: int = 0
 
 
 def left_half(image: Image.Image) -> Box:
@@ -40,26 +42,30 @@ def right_half(image: Image.Image) -> Box:
 
 
 class PretrainingCrops(Dataset[Batch]):
-    """Random crops of the pictures of `files`, unlabelled.
+    """Random views of the pictures of `files`, unlabelled.
 
-    Sample i is a crop of picture i mod len(files); any i >= 0 is valid, `len` is the number that
-    makes up an epoch. Of the pictures in `held_out` only the left half is used.
+    Sample i is of picture i mod len(files); any i >= 0 is valid, `len` is the number that makes up
+    an epoch. Of the pictures in `held_out` only the left half is used. With `region`, a smallest
+    and a largest share of the area, a sample is a fixed part of its picture, the same in every
+    epoch and view: few large pictures then make many samples that differ.
     """
 
     def __init__(
         self,
         files: ImageFiles,
-        crop: RandomResizedCrop,
+        views: Sequence[View],
         *,
         seed: int = 0,
         crops_per_image: int = 1,
+        region: tuple[float, float] | None = None,
         held_out: Collection[int] = (),
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
     ):
         self.files = files
-        self.crop = crop
+        self.views = tuple(view for view in views for _ in range(view.number))
         self.seed = seed
+        self.region = None if region is None else RandomResizedCrop((1, 1), region)
         self.crops_per_image = crops_per_image
         self.held_out = frozenset(held_out)
         self.mean = tuple(mean)
@@ -70,32 +76,58 @@ class PretrainingCrops(Dataset[Batch]):
         return len(self.files) * self.crops_per_image
 
     def __getitem__(self, request: Request) -> Batch:
-        """The crops that the request names, as uint8 [B, 3, H, W]."""
-        uniforms = F.keyed_uniform(
-            request.indices,
-            self.crop.num_uniforms,
-            seed=self.seed,
-            epoch=request.epoch,
-            view=request.view,
-            stream=F.STREAM_CROP,
-        ).tolist()
-        crops = []
-        for index, numbers in zip(request.indices.tolist(), uniforms, strict=True):
+        """The views of the samples that the request names, each uint8 [B, 3, H, W]."""
+        uniforms = [
+            F.keyed_uniform(
+                request.indices,
+                view.num_uniforms,
+                seed=self.seed,
+                epoch=request.epoch,
+                view=request.view * len(self.views) + number,
+                stream=F.STREAM_CROP,
+            )
+            for number, view in enumerate(self.views)
+        ]
+        numbers = [draws.tolist() for draws in uniforms]
+        regions = self._region_uniforms(request.indices)
+        crops: list[list[Tensor]] = [[] for _ in self.views]
+        for row, index in enumerate(request.indices.tolist()):
             position, image = self.files.read_or_next(index % len(self.files))
             whole = (0, 0, image.width, image.height)
-            region = left_half(image) if position in self.held_out else whole
-            crops.append(self.crop(image, region, numbers))
+            box = left_half(image) if position in self.held_out else whole
+            if self.region is not None:
+                box = self.region.box(box, regions[row])
+            # One picture at a time: a batch of them may not fit in memory.
+            for view, draws, done in zip(self.views, numbers, crops, strict=True):
+                done.append(view.crop(image, box, draws[row]))
+        views = tuple(
+            view.color(torch.stack(done), draws)
+            for view, done, draws in zip(self.views, crops, uniforms, strict=True)
+        )
         # A worker's own list reaches the main process with its batches.
         new = dict(list(self.files.skipped.items())[self._num_reported :])
         self._num_reported = len(self.files.skipped)
         return Batch(
-            torch.stack(crops), request.indices, request.epoch, request.view, skipped=new or None
+            views,
+            request.indices,
+            request.epoch,
+            request.view,
+            request.step,
+            skipped=new or None,
         )
+
+    def _region_uniforms(self, indices: Tensor) -> list[list[float]]:
+        if self.region is None:
+            return []
+        draws = F.keyed_uniform(
+            indices, self.region.num_uniforms, seed=self.seed, stream=F.STREAM_REGION
+        )
+        return draws.tolist()
 
     def describe(self) -> str:
         """One line for the log."""
         return (
-            f"{len(self.files)} images in {self.files.root}, {len(self)} crops an epoch, "
+            f"{len(self.files)} images in {self.files.root}, {len(self)} samples an epoch, "
             f"{len(self.held_out)} images with a held-out half"
         )
 
@@ -145,4 +177,4 @@ class EvaluationCrops(Dataset[Batch]):
             _, image = self.files.read_or_next(self.positions[label])
             region = right_half(image) if self.held_out else left_half(image)
             crops.append(self.crop(image, region, numbers))
-        return Batch(torch.stack(crops), request.indices, labels=labels)
+        return Batch((torch.stack(crops),), request.indices, labels=labels)

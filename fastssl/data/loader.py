@@ -33,14 +33,15 @@ class CropsDataset(Protocol):
     def __getitem__(self, request: Request) -> Batch: ...
 
 
-def _num_samples(dataset: CropsDataset, global_batch_size: int) -> int:
-    """Samples of an epoch: the dataset, repeated as a whole until it fills a global batch."""
+def num_samples(dataset: CropsDataset, global_batch_size: int) -> int:
+    """Samples of an epoch, and hence different indices: the dataset, repeated as a whole until it
+    fills a global batch."""
     return len(dataset) * -(-global_batch_size // len(dataset))
 
 
 def steps_per_epoch(dataset: CropsDataset, global_batch_size: int) -> int:
     """Global batches in an epoch; the samples that do not fill one wait for another epoch."""
-    return _num_samples(dataset, global_batch_size) // global_batch_size
+    return num_samples(dataset, global_batch_size) // global_batch_size
 
 
 def epoch_permutation(num_samples: int, *, seed: int, epoch: int) -> Tensor:
@@ -81,7 +82,7 @@ class GlobalOrder(Sampler[Request]):
             raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
         if not 0 <= start_step <= num_steps:
             raise ValueError(f"start_step must be in [0, {num_steps}], got {start_step}")
-        self.num_samples = _num_samples(dataset, global_batch_size)
+        self.num_samples = num_samples(dataset, global_batch_size)
         self.steps_per_epoch = self.num_samples // global_batch_size
         self.global_batch_size = global_batch_size
         self.steps = range(start_step, num_steps)
@@ -104,7 +105,7 @@ class GlobalOrder(Sampler[Request]):
             for _ in range(self.accumulation):
                 # A view would carry the whole epoch's order to the worker.
                 indices = order[start : start + micro_batch].clone()
-                yield Request(indices, epoch, self.view)
+                yield Request(indices, epoch, self.view, step)
                 start += micro_batch
 
 
@@ -147,7 +148,8 @@ class Loader:
                 self.skipped.update(batch.skipped or {})
                 # Pixels travel as bytes, a quarter of the floats, to this process and the GPU.
                 batch = batch.to(self.device, non_blocking=True)
-                yield replace(batch, images=normalize(batch.images, self.mean, self.std))
+                views = tuple(normalize(view, self.mean, self.std) for view in batch.views)
+                yield replace(batch, views=views)
         finally:
             self._end()
 

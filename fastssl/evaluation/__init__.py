@@ -1,4 +1,9 @@
-"""Frozen features judged: k-NN, a linear probe, and measures that need no labels."""
+"""Features judged: k-NN, probes, few labels, fine-tuning, and measures that need no labels.
+
+Under torch.distributed each rank gives its share of the samples, of any size, and all get the
+number that one process with all samples would. `evaluate`, `knn_accuracy`, `linear_probe_accuracy`
+and, unless they get a group, `rankme` and `feature_std` are of the process's own samples alone.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +13,43 @@ import torch
 from torch import Tensor
 
 from fastssl.data.crops import EvaluationCrops
-from fastssl.evaluation.features import extract_features, feature_std, rankme
-from fastssl.evaluation.knn import knn_accuracy
+from fastssl.evaluation.features import extract_features
+from fastssl.evaluation.finetune import FineTuneOptions, fine_tune
+from fastssl.evaluation.knn import knn_accuracies, knn_accuracy
 from fastssl.evaluation.linear import linear_probe_accuracy
+from fastssl.evaluation.low_shot import Spread, low_shot_accuracy, low_shot_split
+from fastssl.evaluation.measures import (
+    TeacherEntropy,
+    alignment,
+    feature_std,
+    rankme,
+    teacher_entropy,
+    uniformity,
+)
+from fastssl.evaluation.sgd import ProbeResult, SGDOptions
+from fastssl.evaluation.sgd_probes import attentive_probe, sgd_probe
 
 __all__ = [
+    "FineTuneOptions",
+    "ProbeResult",
+    "SGDOptions",
+    "Spread",
+    "TeacherEntropy",
+    "alignment",
+    "attentive_probe",
     "evaluate",
     "extract_features",
     "feature_std",
+    "fine_tune",
+    "knn_accuracies",
     "knn_accuracy",
     "linear_probe_accuracy",
+    "low_shot_accuracy",
+    "low_shot_split",
     "rankme",
+    "sgd_probe",
+    "teacher_entropy",
+    "uniformity",
 ]
 
 

@@ -1,4 +1,4 @@
-"""Frozen features of a dataset, and what they tell without labels.
+"""Frozen features of a dataset.
 
 N samples, D feature dimensions.
 """
@@ -39,23 +39,3 @@ def extract_features(
         features.append(features_fn(batch.images).float())
         labels.append(batch.labels)
     return torch.cat(features), torch.cat(labels)
-
-
-def rankme(features: Tensor) -> float:
-    """Effective rank of features [N, D], from 1 (collapsed) to min(N, D).
-
-    The exponential of the entropy of the normalised singular values (Garrido et al. 2023, RankMe).
-    """
-    values = torch.linalg.svdvals(features.double())
-    share = values / values.sum().clamp_min(1e-12)
-    return torch.exp(torch.special.entr(share).sum()).item()
-
-
-def feature_std(features: Tensor) -> float:
-    """Spread of the directions of features [N, D]: 0 is collapse, 1 is uniform on the sphere.
-
-    The standard deviation per dimension of the unit-length features, averaged, times sqrt(D)
-    (Chen and He 2021, SimSiam, figure 2).
-    """
-    unit = torch.nn.functional.normalize(features.double(), dim=1)
-    return (unit.std(dim=0, correction=0).mean() * features.shape[1] ** 0.5).item()

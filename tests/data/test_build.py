@@ -7,6 +7,7 @@ from PIL import Image
 
 from fastssl.data import build_datasets, build_loader
 from fastssl.data.crops import Request, left_half, right_half
+from fastssl.data.views import View
 
 
 def everything(dataset):
@@ -122,7 +123,9 @@ def test_height_and_width(tmp_path):
 def test_jpegs_are_read_no_larger_than_needed(tmp_path):
     for i in range(2):
         Image.new("RGB", (1600, 1200)).save(tmp_path / f"{i}.jpg")
-    train, _ = build_datasets(str(tmp_path), image_size=32, scale=(0.25, 1.0), eval_scale=(0.25, 1))
+    train, _ = build_datasets(
+        str(tmp_path), image_size=32, views=[View((32, 32), (0.25, 1.0))], eval_scale=(0.25, 1)
+    )
     # 2 x 32 / sqrt(0.25) = 128 pixels are needed; an eighth of the file has 150.
     assert train.files.read(0).size == (200, 150)
 
@@ -133,3 +136,21 @@ def test_nothing_readable(tmp_path):
         build_datasets(str(tmp_path), image_size=8)
     with pytest.raises(ValueError, match="does not exist"):
         build_datasets(str(tmp_path / "missing"), image_size=8)
+
+
+def test_with_a_region_a_sample_is_a_part_of_its_picture(tmp_path):
+    """The same part in every epoch and view; another for another sample of the picture."""
+    columns = np.tile(np.arange(200, dtype=np.uint8), (100, 1))
+    rows = np.tile(np.arange(100, dtype=np.uint8)[:, None], (1, 200))
+    Image.fromarray(np.stack([columns, rows, rows], axis=2)).save(tmp_path / "0.png")
+    views = [View((8, 8), (0.9, 1.0), flip=0.0, number=2)]
+    train, _ = build_datasets(str(tmp_path), image_size=8, views=views, region=(0.05, 0.1))
+    means = []
+    for epoch in (0, 1):
+        batch = train[Request(torch.arange(16), epoch)]
+        means += [view.float().mean(dim=(2, 3)) for view in batch.views]
+    means = torch.stack(means)[:, :, :2]  # [draws, samples, (x, y)]
+    within = means.std(dim=0).mean()
+    between = means.mean(dim=0).std(dim=0).mean()
+    assert within < 3.0 and between > 15.0
+    assert (means[0] != means[1]).any() and (means[0] != means[2]).any()

@@ -14,7 +14,7 @@ from fastssl import functional as F
 from fastssl.data.crops import PretrainingCrops
 from fastssl.data.folder import ImageFiles, NoReadableImage
 from fastssl.data.loader import build_loader, epoch_permutation, steps_per_epoch
-from fastssl.data.transforms import RandomResizedCrop
+from fastssl.data.views import View
 
 NUM_FILES = 13
 
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 def dataset_of(root, seed=0, **kwargs):
     files = ImageFiles(root, sorted(path.name for path in root.iterdir()))
-    return PretrainingCrops(files, RandomResizedCrop((8, 12)), seed=seed, **kwargs)
+    return PretrainingCrops(files, [View((8, 12))], seed=seed, **kwargs)
 
 
 def batches_of(root, **kwargs):
@@ -149,7 +149,7 @@ def test_crop_numbers_come_from_their_own_stream(folder):
     ).tolist()
     for i, index in enumerate(batch.index.tolist()):
         image = dataset.files.read(index)
-        crop = dataset.crop(image, (0, 0, image.width, image.height), numbers[i])
+        crop = dataset.views[0].crop(image, (0, 0, image.width, image.height), numbers[i])
         mean, std = torch.tensor(dataset.mean), torch.tensor(dataset.std)
         expected = (crop.permute(1, 2, 0) / 255 - mean) / std
         torch.testing.assert_close(batch.images[i].permute(1, 2, 0), expected, atol=1e-5, rtol=0)
@@ -214,9 +214,9 @@ import sys
 from fastssl.data.crops import PretrainingCrops
 from fastssl.data.folder import ImageFiles
 from fastssl.data.loader import build_loader
-from fastssl.data.transforms import RandomResizedCrop
+from fastssl.data.views import View
 files = ImageFiles({str(folder)!r}, ["00.png", "01.png"])
-dataset = PretrainingCrops(files, RandomResizedCrop((8, 8)))
+dataset = PretrainingCrops(files, [View((8, 8))])
 batches = iter(build_loader(dataset, global_batch_size=2, num_steps=1000, num_workers=2))
 next(batches)
 sys.modules["kept until the very end"] = batches
@@ -250,7 +250,7 @@ def test_workers_have_one_thread(folder):
             return batch
 
     files = ImageFiles(folder, ["00.png"])
-    dataset = Threads(files, RandomResizedCrop((8, 8)))
+    dataset = Threads(files, [View((8, 8))])
     loader = build_loader(dataset, global_batch_size=2, num_steps=1, num_workers=1)
     list(loader)
     assert loader.skipped == {"threads": "1"}
