@@ -71,6 +71,17 @@ def is_initialized() -> bool:
     return dist.is_initialized()
 
 
+def subgroup(num_ranks: int) -> dist.ProcessGroup | None:
+    """The group of `num_ranks` neighbours that this rank is in; None, which is all, for 0."""
+    if num_ranks == 0 or not dist.is_initialized():
+        return None
+    if dist.get_world_size() % num_ranks:
+        raise ValueError(
+            f"train.batch_norm_ranks must divide the {dist.get_world_size()} ranks, got {num_ranks}"
+        )
+    return dist.new_subgroups(num_ranks)[0]
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     if dist.is_initialized():

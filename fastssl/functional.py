@@ -35,12 +35,14 @@ from fastssl.kernels.sinkhorn_knopp import sinkhorn_knopp
 from fastssl.kernels.vicreg import vicreg
 
 # What a keyed random number is for: each use draws from a stream of its own.
-STREAM_MASK, STREAM_CROP, STREAM_SHUFFLE, STREAM_EVAL = range(4)
+STREAM_MASK, STREAM_CROP, STREAM_SHUFFLE, STREAM_EVAL, STREAM_REGION, STREAM_METHOD = range(6)
 
 __all__ = [
     "STREAM_CROP",
     "STREAM_EVAL",
     "STREAM_MASK",
+    "STREAM_METHOD",
+    "STREAM_REGION",
     "STREAM_SHUFFLE",
     "add_layer_norm",
     "barlow_twins",

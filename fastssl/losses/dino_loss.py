@@ -25,7 +25,7 @@ NUM_TEACHER_VIEWS = 2
 class DINOLoss(CenteredLoss):
     """Cross-entropy between centered, sharpened teacher outputs and student outputs of other views.
 
-    Mean over the crossed pairs of views and over images::
+    Mean over the crossed pairs of views and over images, here with centering "softmax"::
 
         q[t] = softmax((teacher[t] - center) / teacher_temp)
         p[s] = softmax(student[s] / student_temp)
@@ -36,10 +36,10 @@ class DINOLoss(CenteredLoss):
         out_dim: K (also output_dim, num_prototypes).
         ncrops: S, the views of the student, of which the first two are the teacher's.
         warmup_teacher_temp, teacher_temp: teacher temperature at epoch 0 and from
-            `warmup_teacher_temp_epochs` on, linear between.
+            `warmup_teacher_temp_epochs` on, linear between; for a forward that names an epoch.
         nepochs: length of the schedule (also num_epochs); later epochs keep the last temperature.
         student_temp, center_momentum: as in the formula.
-        update_center, group: see `CenteredLoss`.
+        centering, sinkhorn_iterations, update_center, group: see `CenteredLoss`.
 
     The loss is the mean over the local images, whose gradients DDP and FSDP2 average.
     """
@@ -49,13 +49,15 @@ class DINOLoss(CenteredLoss):
         self,
         out_dim: int,
         ncrops: int,
-        warmup_teacher_temp: float,
-        teacher_temp: float,
-        warmup_teacher_temp_epochs: int,
-        nepochs: int,
+        warmup_teacher_temp: float = 0.04,
+        teacher_temp: float = 0.04,
+        warmup_teacher_temp_epochs: int = 0,
+        nepochs: int = 1,
         student_temp: float = 0.1,
         center_momentum: float = 0.9,
         *,
+        centering: str = "softmax",
+        sinkhorn_iterations: int = 3,
         update_center: bool = True,
         group: Group = None,
     ) -> None:
@@ -68,7 +70,9 @@ class DINOLoss(CenteredLoss):
             teacher_temp=teacher_temp,
             student_temp=student_temp,
         )
-        super().__init__((1, out_dim), center_momentum, update_center, group)
+        super().__init__(
+            (1, out_dim), center_momentum, update_center, group, centering, sinkhorn_iterations
+        )
         self.out_dim = out_dim
         self.ncrops = ncrops
         self.student_temp = student_temp
@@ -89,17 +93,23 @@ class DINOLoss(CenteredLoss):
         self,
         student_output: Tensor,  # [S * B, K], views one after the other
         teacher_output: Tensor,  # [T * B, K]
-        epoch: int,
+        epoch: int | None = None,
         *,
+        teacher_temp: float | Tensor | None = None,
         return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, Stats]:
-        """The loss; with return_stats also {"teacher_entropy" in nats, "loss_over_log_k"}."""
+        """The loss; with return_stats also {"teacher_entropy" in nats, "loss_over_log_k"}.
+
+        teacher_temp, a float or a tensor without dimensions, takes the place of the epoch's. Of
+        the tensor a new value is no new graph under torch.compile.
+        """
         self._check("output", student_output, teacher_output, self.out_dim)
+        teacher_temp = self._temperature(epoch, teacher_temp)
         loss, mean, entropy = F.dino_cross_entropy(
             student_output.unflatten(0, (self.ncrops, -1)),
             teacher_output.unflatten(0, (NUM_TEACHER_VIEWS, -1)),
-            self.center.clone(),  # it moves before backward
-            **self._options(epoch),
+            **self._targets(teacher_output, teacher_temp),
+            **self._options(teacher_temp),
         )
         return self._finish(loss, mean, entropy, teacher_output.shape[0], return_stats)
 
@@ -107,8 +117,9 @@ class DINOLoss(CenteredLoss):
         self,
         student: HeadOutput,  # features [S * B, D]
         teacher: HeadOutput,  # features [T * B, E]
-        epoch: int,
+        epoch: int | None = None,
         *,
+        teacher_temp: float | Tensor | None = None,
         return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, Stats]:
         """The same from features and prototypes, without the logits ever being in memory.
@@ -119,27 +130,39 @@ class DINOLoss(CenteredLoss):
             loss = student_head(
                 student_features, loss=lambda student: dino_loss.linear(student, teacher, epoch)
             )
+
+        With centering "sinkhorn_knopp" the teacher's logits [T * B, K] are made for the assignment.
         """
         self._check("features", student.features, teacher.features, None)
         if student.normalize_prototypes != teacher.normalize_prototypes:
             raise ValueError("student and teacher must agree on normalize_prototypes")
+        teacher_temp = self._temperature(epoch, teacher_temp)
+        logits = teacher.logits() if self.centering == "sinkhorn_knopp" else None
         loss, mean, entropy = F.linear_dino_cross_entropy(
             student.features.unflatten(0, (self.ncrops, -1)),
             student.prototypes,
             teacher.features.unflatten(0, (NUM_TEACHER_VIEWS, -1)),
             teacher.prototypes,
-            self.center.clone(),  # it moves before backward
             normalize_prototypes=student.normalize_prototypes,
-            **self._options(epoch),
+            **self._targets(logits, teacher_temp),
+            **self._options(teacher_temp),
         )
         return self._finish(loss, mean, entropy, teacher.features.shape[0], return_stats)
 
-    def _options(self, epoch: int) -> dict[str, object]:
+    def _temperature(
+        self, epoch: int | None, teacher_temp: float | Tensor | None
+    ) -> float | Tensor:
+        if teacher_temp is not None:
+            return teacher_temp
+        if epoch is None:
+            raise ValueError("epoch must be given where teacher_temp is not, got None")
         check_int("epoch", epoch, 0)
-        last = len(self.teacher_temp_schedule) - 1
+        return self._teacher_temps[min(epoch, len(self.teacher_temp_schedule) - 1)]
+
+    def _options(self, teacher_temp: float | Tensor) -> dict[str, object]:
         return {
             "student_temp": self.student_temp,
-            "teacher_temp": self._teacher_temps[min(epoch, last)],
+            "teacher_temp": teacher_temp,
             "return_teacher_mean": True,
             "return_teacher_entropy": True,
         }

@@ -21,8 +21,6 @@ from fastssl.losses.common import (
 )
 from fastssl.nn.dino_head import HeadOutput
 
-CENTERINGS = ("softmax", "sinkhorn_knopp")
-
 
 class iBOTPatchLoss(CenteredLoss):
     """Cross-entropy of the student's masked tokens against the teacher's at the same places.
@@ -40,9 +38,7 @@ class iBOTPatchLoss(CenteredLoss):
         patch_out_dim: K (also out_dim, output_dim).
         student_temp, center_momentum: as in `DINOLoss`.
         teacher_temp: that of a forward which does not name one.
-        centering: "softmax" subtracts the center; "sinkhorn_knopp" takes the assignment of
-            `sinkhorn_iterations` over the rows of all ranks, and leaves the center alone.
-        update_center, group: see `CenteredLoss`.
+        centering, sinkhorn_iterations, update_center, group: see `CenteredLoss`.
 
     Several processes: with num_images, equally many on every rank, the mean over ranks that DDP
     and FSDP2 take is the loss of the whole batch. Without, the sum of weights is that of all
@@ -65,22 +61,24 @@ class iBOTPatchLoss(CenteredLoss):
     ) -> None:
         check_int("patch_out_dim", patch_out_dim, 1)
         check_positive(student_temp=student_temp, teacher_temp=teacher_temp)
-        check_int("sinkhorn_iterations", sinkhorn_iterations, 1)
-        if centering not in CENTERINGS:
-            raise ValueError(f"centering must be one of {', '.join(CENTERINGS)}, got {centering!r}")
-        super().__init__((1, 1, patch_out_dim), center_momentum, update_center, group)
+        super().__init__(
+            (1, 1, patch_out_dim),
+            center_momentum,
+            update_center,
+            group,
+            centering,
+            sinkhorn_iterations,
+        )
         self.patch_out_dim = patch_out_dim
         self.student_temp = student_temp
         self.teacher_temp = teacher_temp
-        self.centering = centering
-        self.sinkhorn_iterations = sinkhorn_iterations
 
     def forward(
         self,
         student_patch_tokens: Tensor,  # [M, K]
         teacher_patch_tokens: Tensor,  # [M, K], of the same tokens
         *,
-        teacher_temp: float | None = None,
+        teacher_temp: float | Tensor | None = None,
         n_masked_patches: Tensor | None = None,  # [] int
         masks_weight: Tensor | None = None,  # [M]
         num_images: int | None = None,
@@ -90,7 +88,8 @@ class iBOTPatchLoss(CenteredLoss):
 
         Of the M rows only the first n_masked_patches count, an integer tensor on the tokens'
         device (None: all), whatever the others hold: shapes stay fixed and the host never waits.
-        teacher_temp is a float. loss_over_log_k is taken of the weighted mean over rows.
+        teacher_temp is a float, or a tensor without dimensions of which a new value is no new graph
+        under torch.compile. loss_over_log_k is taken of the weighted mean over rows.
         """
         self._check(student_patch_tokens, teacher_patch_tokens, self.patch_out_dim)
         student, teacher = student_patch_tokens[None], teacher_patch_tokens[None]
@@ -106,7 +105,7 @@ class iBOTPatchLoss(CenteredLoss):
         student: HeadOutput,  # features [M, D]
         teacher: HeadOutput,  # features [M, E]
         *,
-        teacher_temp: float | None = None,
+        teacher_temp: float | Tensor | None = None,
         n_masked_patches: Tensor | None = None,  # [] int
         masks_weight: Tensor | None = None,  # [M]
         num_images: int | None = None,
@@ -135,23 +134,8 @@ class iBOTPatchLoss(CenteredLoss):
         rows = _Rows(student.features, n_masked_patches, masks_weight)
         return self._finish(loss, mean, entropy, rows, num_images, return_stats)
 
-    def _targets(
-        self, logits: Tensor | None, teacher_temp: float, num_rows: Tensor | None
-    ) -> dict[str, Tensor]:
-        if self.centering == "softmax":
-            return {"center": self.center.clone()}  # it moves before backward
-        log_u, _ = F.sinkhorn_knopp(
-            logits,
-            temperature=teacher_temp,
-            num_iters=self.sinkhorn_iterations,
-            group=self.group,
-            materialize=False,
-            num_rows=num_rows,
-        )
-        return {"log_u": log_u}
-
     def _options(
-        self, teacher_temp: float, num_rows: Tensor | None, weights: Tensor | None
+        self, teacher_temp: float | Tensor, num_rows: Tensor | None, weights: Tensor | None
     ) -> dict[str, object]:
         return {
             "student_temp": self.student_temp,
@@ -173,8 +157,7 @@ class iBOTPatchLoss(CenteredLoss):
         num_images: int | None,
         return_stats: bool,
     ) -> Tensor | tuple[Tensor, Stats]:
-        if self.centering == "softmax":
-            self._collect(mean, rows.count)
+        self._collect(mean, rows.count)
         if num_images is None:
             size = collectives.world_size(self.group)
             weight = collectives.all_reduce_sum(rows.weight, self.group) / size

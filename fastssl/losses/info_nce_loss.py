@@ -134,3 +134,7 @@ class InfoNCELoss(nn.Module):
         places = torch.arange(first, pushed, device=keys.device) + self.queue_ptr
         self.queue.index_copy_(0, places % size, keys[first:].to(self.queue.dtype))
         self.queue_ptr.copy_((self.queue_ptr + pushed) % size)
+
+    def discard(self) -> None:
+        """Forget what was collected, as after a step that was not made."""
+        self._collected = []

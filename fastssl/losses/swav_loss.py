@@ -133,6 +133,10 @@ class SwAVLoss(torch.nn.Module):
         length = self.queue.shape[1]
         self.queue.copy_(torch.cat([everyone, self.queue], dim=1)[:, :length])
 
+    def discard(self) -> None:
+        """Forget what was collected, as after a step that was not made."""
+        self._collected = []
+
     def _collect(self, embedding: Tensor, batch: int) -> None:
         embedding = embedding.unflatten(0, (-1, batch))
         if embedding.shape[0] == self.num_views:

@@ -1,20 +1,37 @@
-"""Methods of self-supervised pretraining: a model with its objective, as the loop trains it."""
+"""Methods of self-supervised pretraining: an encoder with its objective, as the loop trains it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
-
-from fastssl import models
-from fastssl.methods.base import Method
+from fastssl.data.views import View
+from fastssl.methods.base import Method, Setting
+from fastssl.methods.build import build_encoder, construct, find_method, make_views
 from fastssl.methods.hiera_mae import HieraMAE
 from fastssl.methods.mae import MAE
+from fastssl.methods.simclr import SimCLR
+from fastssl.models import load_pretrained
 
-METHODS: dict[str, type[Method]] = {"mae": MAE, "hiera_mae": HieraMAE}
+METHODS: dict[str, type[Method]] = {"mae": MAE, "hiera_mae": HieraMAE, "simclr": SimCLR}
 
-__all__ = ["MAE", "METHODS", "HieraMAE", "Method", "build_method"]
+__all__ = [
+    "MAE",
+    "METHODS",
+    "HieraMAE",
+    "Method",
+    "Setting",
+    "SimCLR",
+    "build_encoder",
+    "build_method",
+    "make_views",
+    "method_class",
+]
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a method's name, or of `file.py:Class` or `package.module:Class`."""
+    return find_method(name, METHODS)
 
 
 def build_method(
@@ -22,33 +39,44 @@ def build_method(
     *,
     model: str,
     model_args: Mapping[str, Any] | None = None,
+    weights: str | None = None,
+    grad_checkpointing: bool = False,
+    args: Mapping[str, Any] | None = None,
     image_size: int | Sequence[int] = 224,
-    mask_ratio: float,
+    views: Sequence[View] | None = None,
+    num_samples: int = 1,
+    steps_per_epoch: int = 1,
+    num_steps: int = 1,
     seed: int = 0,
 ) -> Method:
-    """The method `name` around the model `model` (a factory or class in fastssl.models).
+    """The method `name` around the encoder `model`: see `method_class` and `build_encoder`.
 
-    `model_args` are the model's keywords, which may be lists where it wants tuples; `image_size`
-    is the images' side or (height, width). ValueError for names and keywords that do not exist.
+    Args:
+        weights: file of released weights for the encoder.
+        grad_checkpointing: whether the encoder keeps each block's input only.
+        args: the method's keywords.
+        image_size: the images' side or (height, width).
+        views: see `Setting`, like the rest. None: the method's own.
+
+    Raises:
+        ValueError: a name, a keyword or a combination that does not exist.
     """
-    if name not in METHODS:
-        raise ValueError(f"method.name must be one of {', '.join(METHODS)}, got {name!r}")
-    method = METHODS[name]
-    return method(
-        _build_model(method, model, model_args or {}, image_size), mask_ratio=mask_ratio, seed=seed
+    method = method_class(name)
+    encoder = build_encoder(
+        model, {**method.model_args, **(model_args or {})}, image_size=image_size
     )
-
-
-def _build_model(
-    method: type[Method], name: str, args: Mapping[str, Any], image_size: int | Sequence[int]
-) -> nn.Module:
-    if name not in method.model_names:
-        names = ", ".join(method.model_names)
-        raise ValueError(f"model.name must be one of {names} for this method, got {name!r}")
-    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    kwargs = {method.size_argument: sides * (2 // len(sides))}
-    kwargs |= {k: tuple(v) if isinstance(v, list) else v for k, v in args.items()}
-    try:
-        return getattr(models, name)(**kwargs)
-    except TypeError as error:
-        raise ValueError(f"model.args do not fit {name}: {error}") from error
+    if weights is not None:
+        load_pretrained(encoder, weights)
+    if grad_checkpointing:
+        if not hasattr(encoder, "set_grad_checkpointing"):
+            raise ValueError(f"train.grad_checkpointing: {model} has no blocks to checkpoint")
+        encoder.set_grad_checkpointing()
+    setting = Setting(
+        encoder,
+        make_views(method, image_size) if views is None else tuple(views),
+        num_samples,
+        steps_per_epoch,
+        num_steps,
+        seed,
+    )
+    return construct(method, name, setting, args or {})

@@ -12,8 +12,8 @@ from torch import Tensor
 from fastssl import functional as F
 from fastssl import models
 from fastssl.data import Batch
-from fastssl.methods.base import Method
-from fastssl.methods.mae import unmask
+from fastssl.methods.base import Method, Setting
+from fastssl.methods.mae import check_ratio, unmask
 
 
 class HieraMAE(Method):
@@ -22,17 +22,12 @@ class HieraMAE(Method):
     `mask_ratio` of the units are hidden; which ones is a function of (seed, epoch, index, view).
     """
 
-    model_names = (
-        "MaskedAutoencoderHiera",
-        *(n for n in models.__all__ if n.startswith("mae_hiera") and n.endswith("_224")),
-    )
-    size_argument = "input_size"
+    encoder_type = models.MaskedAutoencoderHiera
 
-    def __init__(
-        self, model: models.MaskedAutoencoderHiera, *, mask_ratio: float, seed: int
-    ) -> None:
+    def __init__(self, setting: Setting, *, mask_ratio: float = 0.6) -> None:
         super().__init__()
-        self.model, self.mask_ratio, self.seed = model, mask_ratio, seed
+        check_ratio(mask_ratio)
+        self.model, self.mask_ratio, self.seed = setting.encoder, mask_ratio, setting.seed
 
     def noise(self, batch: Batch) -> Tensor:
         """[B, U] uniform numbers; the units with the smallest stay visible."""

@@ -5,12 +5,13 @@ B images, N patches, p pixels of a patch in all channels, D embedding.
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastssl import functional as F
 from fastssl import models
 from fastssl.data import Batch
-from fastssl.methods.base import Method
+from fastssl.methods.base import Method, Setting
+from fastssl.methods.mae_targets import build_target
 
 
 def unmask(patches: Tensor, pred: Tensor, removed: Tensor, norm_pix_loss: bool) -> Tensor:
@@ -24,18 +25,45 @@ def unmask(patches: Tensor, pred: Tensor, removed: Tensor, norm_pix_loss: bool) 
     return pred.to(patches.dtype).where(removed.unsqueeze(-1), patches)
 
 
+def check_ratio(mask_ratio: float) -> None:
+    if not 0 < mask_ratio < 1:
+        raise ValueError(f"method.args.mask_ratio must be between 0 and 1, got {mask_ratio}")
+
+
 class MAE(Method):
-    """Predict the pixels of the patches that are hidden.
+    """Predict the patches that are hidden.
 
     `mask_ratio` of the patches are hidden; which ones is a function of (seed, epoch, index, view).
+
+    target: "pixel"; "norm_pixel", each patch less its mean and divided by its standard deviation;
+        "pca", its first `num_components` components; "tokens", what `tokenizer` makes of it, one of
+        `num_tokens`: see `mae_targets`. None: pixels as the model's `norm_pix_loss` says.
+
+    Depth and width of the decoder and `mask_in_encoder` are arguments of the model.
     """
 
-    model_names = ("MaskedAutoencoderViT", *(n for n in models.__all__ if n.startswith("mae_vit")))
-    size_argument = "img_size"
+    encoder_type = models.MaskedAutoencoderViT
 
-    def __init__(self, model: models.MaskedAutoencoderViT, *, mask_ratio: float, seed: int) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        *,
+        mask_ratio: float = 0.75,
+        target: str | None = None,
+        num_components: int = 96,
+        tokenizer: str | nn.Module | None = None,
+        num_tokens: int = 8192,
+    ) -> None:
         super().__init__()
-        self.model, self.mask_ratio, self.seed = model, mask_ratio, seed
+        check_ratio(mask_ratio)
+        self.model, self.mask_ratio, self.seed = setting.encoder, mask_ratio, setting.seed
+        self.target = build_target(
+            target,
+            self.model,
+            num_components=num_components,
+            tokenizer=tokenizer,
+            num_tokens=num_tokens,
+        )
 
     def noise(self, batch: Batch) -> Tensor:
         """[B, N] uniform numbers; the patches with the smallest stay visible."""
@@ -50,15 +78,18 @@ class MAE(Method):
         )
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        loss, _, _ = self.model(batch.images, self.mask_ratio, self.noise(batch))
-        return {"loss": loss}
+        pred, mask = self.model.predict(batch.images, self.mask_ratio, self.noise(batch))
+        return {"loss": self.target(self.model, batch.images, pred, mask)}
 
     def features(self, images: Tensor) -> Tensor:
         return self.model.features(images)
 
-    def reconstruct(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def reconstruct(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor] | None:
         images, model = batch.images, self.model
-        _, pred, mask = model(images, self.mask_ratio, self.noise(batch))
+        pred, mask = model.predict(images, self.mask_ratio, self.noise(batch))
+        pred = self.target.patches(pred)
+        if pred is None:
+            return None
         patches, removed = model.patchify(images), mask.bool()
         grid_size = model.patch_embed.grid_size(images.shape[2:])
         masked = patches.masked_fill(removed.unsqueeze(-1), 0.0)

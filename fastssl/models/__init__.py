@@ -42,6 +42,7 @@ from fastssl.models.mae_vit import (
     mae_vit_large_patch16_dec512d8b,
 )
 from fastssl.models.pretrained import LoadReport, load_pretrained
+from fastssl.models.resnet import ResNet, resnet18, resnet34, resnet50, resnet101
 from fastssl.models.vit import (
     VisionTransformer,
     vit_base,
@@ -60,6 +61,18 @@ from fastssl.models.vit import (
     vit_tiny_patch14,
     vit_tiny_patch16,
 )
+from fastssl.models.xcit import (
+    XCiT,
+    xcit_medium_24,
+    xcit_medium_24_p8,
+    xcit_medium_24_p16,
+    xcit_nano_12,
+    xcit_small_12,
+    xcit_small_12_p8,
+    xcit_small_12_p16,
+    xcit_small_24,
+    xcit_tiny_12,
+)
 
 __all__ = [
     "Hiera",
@@ -72,7 +85,9 @@ __all__ = [
     "LoadReport",
     "MaskedAutoencoderHiera",
     "MaskedAutoencoderViT",
+    "ResNet",
     "VisionTransformer",
+    "XCiT",
     "hiera_base_16x224",
     "hiera_base_224",
     "hiera_base_plus_16x224",
@@ -100,6 +115,10 @@ __all__ = [
     "mae_vit_huge_patch14_dec512d8b",
     "mae_vit_large_patch16",
     "mae_vit_large_patch16_dec512d8b",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
     "vit_base",
     "vit_base_patch14",
     "vit_base_patch16",
@@ -115,4 +134,16 @@ __all__ = [
     "vit_tiny",
     "vit_tiny_patch14",
     "vit_tiny_patch16",
+    "xcit_medium_24",
+    "xcit_medium_24_p8",
+    "xcit_medium_24_p16",
+    "xcit_nano_12",
+    "xcit_small_12",
+    "xcit_small_12_p8",
+    "xcit_small_12_p16",
+    "xcit_small_24",
+    "xcit_tiny_12",
 ]
+
+# What builds a network from keywords.
+FACTORIES = tuple(name for name in __all__ if name not in ("LoadReport", "load_pretrained"))

@@ -25,7 +25,9 @@ class MaskedAutoencoderViT(ViTEncoder):
     Only visible patches are embedded. `img_size` and `patch_size` are an int or (height, width);
     images of another size than `img_size` are taken with both position embeddings resampled, a
     size that the patch size does not divide is a ValueError. `norm_pix_loss` predicts each patch
-    less its mean, divided by its standard deviation.
+    less its mean, divided by its standard deviation. `mask_in_encoder` lets the encoder see all
+    patches, a learned token in the places of the hidden ones, as BERT does: the paper's table 1(c),
+    worse and slower. Its `mask_token` has the encoder's width, then, and the decoder none.
 
     `model(imgs)` is one pretraining forward; `model.features(imgs)` are the features [B, D] of
     the whole image for frozen evaluation.
@@ -45,13 +47,16 @@ class MaskedAutoencoderViT(ViTEncoder):
         mlp_ratio: float = 4.0,
         norm_layer: NormLayer = nn.LayerNorm,
         norm_pix_loss: bool = False,
+        mask_in_encoder: bool = False,
     ) -> None:
         super().__init__(
             img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, norm_layer
         )
         self.norm_pix_loss = norm_pix_loss
+        self.mask_in_encoder = mask_in_encoder
         self.decoder_embed = Linear(embed_dim, decoder_embed_dim)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
+        mask_token_dim = embed_dim if mask_in_encoder else decoder_embed_dim
+        self.mask_token = nn.Parameter(torch.empty(1, 1, mask_token_dim))
         num_tokens = self.pos_embed.shape[1]
         self.decoder_pos_embed = nn.Parameter(torch.empty(1, num_tokens, decoder_embed_dim))
         self.decoder_blocks = nn.ModuleList(
@@ -59,9 +64,8 @@ class MaskedAutoencoderViT(ViTEncoder):
             for _ in range(decoder_depth)
         )
         self.decoder_norm = norm_layer(decoder_embed_dim)
-        self.decoder_pred = Linear(
-            decoder_embed_dim, self.patch_size[0] * self.patch_size[1] * in_chans
-        )
+        num_pixels = self.patch_size[0] * self.patch_size[1] * in_chans
+        self.decoder_pred = Linear(decoder_embed_dim, num_pixels)
         self.pos_embed.requires_grad_(False)
         self.decoder_pos_embed.requires_grad_(False)
         self.init_weights()
@@ -103,7 +107,8 @@ class MaskedAutoencoderViT(ViTEncoder):
         """Latent [B, 1 + K, D] of the visible patches, mask [B, N] and ids_restore [B, N].
 
         The patches with the K = int(N * (1 - mask_ratio)) smallest values of `noise` [B, N]
-        (default: uniform random) stay visible.
+        (default: uniform random) stay visible. With `mask_in_encoder` the latent is [B, 1 + N, D],
+        of all patches in their order.
         """
         rows, columns = self.patch_embed.grid_size(imgs.shape[2:])
         shape = (imgs.shape[0], rows * columns)
@@ -118,21 +123,42 @@ class MaskedAutoencoderViT(ViTEncoder):
         elif noise.shape != shape:
             raise ValueError(f"noise must have shape {list(shape)}, got {list(noise.shape)}")
         ids_keep, ids_restore, mask = functional.random_masking(noise, len_keep)
+        if self.mask_in_encoder:
+            return self.forward_features(imgs, masks=mask.bool()), mask, ids_restore
         return self.forward_features(imgs, ids_keep=ids_keep), mask, ids_restore
+
+    def _put_mask_token(self, x: Tensor, masks: Tensor) -> Tensor:
+        if not self.mask_in_encoder:
+            raise ValueError("masks needs a MaskedAutoencoderViT built with mask_in_encoder=True")
+        return self.mask_token.to(x.dtype).where(masks.unsqueeze(-1), x)
 
     def forward_decoder(
         self, x: Tensor, ids_restore: Tensor, grid_size: tuple[int, int] | None = None
     ) -> Tensor:
-        """Latent [B, 1 + K, D] -> predicted pixels [B, N, p]; `grid_size` as in `unpatchify`."""
+        """Latent of `forward_encoder` -> predicted pixels [B, N, p]; `grid_size` as in
+        `unpatchify`."""
         pos_embed = interpolate_pos_embed(
             self.decoder_pos_embed, self.grid_size, grid_size or self.grid_size, 1
         )
-        x = functional.masked_scatter(
-            self.decoder_embed(x), self.mask_token, ids_restore, pos_embed, num_prefix_tokens=1
-        )
+        x = self.decoder_embed(x)
+        if self.mask_in_encoder:
+            x = x + pos_embed
+        else:
+            x = functional.masked_scatter(
+                x, self.mask_token, ids_restore, pos_embed, num_prefix_tokens=1
+            )
         for block in self.decoder_blocks:
             x = self.run_block(block, x)
         return self.decoder_pred(layer_norm(self.decoder_norm, x[:, 1:]))
+
+    def predict(
+        self, imgs: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(pred [B, N, p], mask [B, N]) as of `forward`."""
+        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
+        return self.forward_decoder(
+            latent, ids_restore, self.patch_embed.grid_size(imgs.shape[2:])
+        ), mask
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         """Mean squared error of the patches whose mask is 1, a scalar."""
@@ -153,9 +179,7 @@ class MaskedAutoencoderViT(ViTEncoder):
         In `mask`, 1 is a patch that was REMOVED and counts in the loss, 0 one that was seen (the
         opposite of Hiera's masks). `noise` [B, N] fixes the choice: the smallest values are seen.
         """
-        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
-        grid_size = self.patch_embed.grid_size(imgs.shape[2:])
-        pred = self.forward_decoder(latent, ids_restore, grid_size)
+        pred, mask = self.predict(imgs, mask_ratio, noise)
         return self.forward_loss(imgs, pred, mask), pred, mask
 
 

@@ -9,11 +9,20 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fastssl.nn import LAYER_NORM, Block, NormLayer, PatchEmbed, interpolate_pos_embed
+from fastssl.nn import (
+    LAYER_NORM,
+    Block,
+    Mlp,
+    NormLayer,
+    PatchEmbed,
+    SwiGLU,
+    interpolate_pos_embed,
+)
 from fastssl.nn.checkpoint import BlockCheckpointing
 
 Size = int | tuple[int, int]
 POOLS = ("token", "avg")
+FFN_LAYERS = {"mlp": Mlp, "swiglu": SwiGLU}
 
 
 def pair(name: str, value: Size) -> tuple[int, int]:
@@ -46,8 +55,12 @@ class ViTEncoder(nn.Module, BlockCheckpointing):
         drop_path_rate: float = 0.0,
         num_register_tokens: int = 0,
         interpolate_antialias: bool = False,
+        ffn_layer: str = "mlp",
     ) -> None:
         super().__init__()
+        if ffn_layer not in FFN_LAYERS:
+            names = ", ".join(FFN_LAYERS)
+            raise ValueError(f"ffn_layer must be one of {names}, got {ffn_layer!r}")
         self.embed_dim = self.num_features = embed_dim
         self.patch_size = pair("patch_size", patch_size)
         self.num_prefix_tokens = 1 + num_register_tokens
@@ -70,6 +83,7 @@ class ViTEncoder(nn.Module, BlockCheckpointing):
                 init_values,
                 drop_path=drop_path_rate * i / max(depth - 1, 1),
                 norm_layer=norm_layer,
+                ffn_layer=FFN_LAYERS[ffn_layer],
             )
             for i in range(depth)
         )
@@ -133,8 +147,9 @@ class VisionTransformer(ViTEncoder):
     patch size does not divide is a ValueError. `init_values` not None adds LayerScale,
     `num_register_tokens` adds registers behind the class token (Darcet et al., 2023,
     arXiv:2309.16588), `use_mask_token` the learned token that iBOT and DINOv2 put in place of
-    masked patches. DINOv2's released weights fit `img_size=518, patch_size=14, init_values=1.0`;
-    its register models have `num_register_tokens=4, interpolate_antialias=True` besides.
+    masked patches, `ffn_layer="swiglu"` gates the feed-forward layers. DINOv2's released weights
+    fit `img_size=518, patch_size=14, init_values=1.0`; its register models have
+    `num_register_tokens=4, interpolate_antialias=True` besides, and its ViT-g has the gates.
     """
 
     def __init__(
@@ -154,6 +169,7 @@ class VisionTransformer(ViTEncoder):
         num_register_tokens: int = 0,
         use_mask_token: bool = False,
         interpolate_antialias: bool = False,
+        ffn_layer: str = "mlp",
         norm_layer: NormLayer = LAYER_NORM,
     ) -> None:
         super().__init__(
@@ -170,6 +186,7 @@ class VisionTransformer(ViTEncoder):
             drop_path_rate=drop_path_rate,
             num_register_tokens=num_register_tokens,
             interpolate_antialias=interpolate_antialias,
+            ffn_layer=ffn_layer,
         )
         self.global_pool = _check_pool("global_pool", global_pool)
         self.mask_token = nn.Parameter(torch.empty(1, embed_dim)) if use_mask_token else None

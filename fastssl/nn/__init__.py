@@ -22,6 +22,7 @@ from fastssl.nn.linear import Linear
 from fastssl.nn.mlp import Mlp
 from fastssl.nn.patch_embed import PatchEmbed
 from fastssl.nn.pos_embed import interpolate_pos_embed, sincos_pos_embed_2d
+from fastssl.nn.swiglu import SwiGLU
 from fastssl.nn.sync_batch_norm import SyncBatchNorm
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "SimSiamProjectionHead",
     "SwAVProjectionHead",
     "SwAVPrototypes",
+    "SwiGLU",
     "SyncBatchNorm",
     "VICRegProjectionHead",
     "interpolate_pos_embed",

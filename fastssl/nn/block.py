@@ -13,6 +13,7 @@ from fastssl.nn.mlp import Mlp
 from fastssl.nn.norm import add_layer_norm, layer_norm
 
 NormLayer = Callable[[int], nn.Module]
+FeedForward = Callable[[int, int], nn.Module]  # of the width and of the hidden width
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)  # the eps of every ViT that was released
 
 
@@ -36,7 +37,8 @@ class Block(nn.Module):
     """x + ls1(attn(norm1(x))), then the same with the Mlp: [B, N, D] -> [B, N, D].
 
     `init_values` not None adds LayerScale with that start; `drop_path` is the probability that a
-    sample skips a branch. Keys: norm1, attn, ls1, norm2, mlp, ls2.
+    sample skips a branch; `ffn_layer` makes what stands in place of the Mlp. Keys: norm1, attn,
+    ls1, norm2, mlp, ls2.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Block(nn.Module):
         init_values: float | None = None,
         drop_path: float = 0.0,
         norm_layer: NormLayer = LAYER_NORM,
+        ffn_layer: FeedForward = Mlp,
     ) -> None:
         super().__init__()
 
@@ -58,7 +61,7 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads, qkv_bias)
         self.ls1 = layer_scale()
         self.norm2 = norm_layer(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = ffn_layer(dim, int(dim * mlp_ratio))
         self.ls2 = layer_scale()
         self.drop_path = DropPath(drop_path)
 

@@ -42,9 +42,26 @@ class LoaderConfig:
 @dataclass
 class ViewsConfig:
     image_size: Any = option(224, "side of a crop in pixels, or [height, width]", type="int | list")
-    scale: list[float] = option([0.2, 1.0], "area of a crop / area of the picture, [min, max]")
-    ratio: list[float] = option([3 / 4, 4 / 3], "width / height of a crop, [min, max]")
-    flip: float = option(0.5, "probability of a horizontal flip")
+    scale: list[float] | None = option(
+        None, "area of a crop / area it is taken from, [min, max]; null: the method's, or [0.2, 1]"
+    )
+    ratio: list[float] | None = option(
+        None, "width / height of a crop, [min, max]; null: the method's, or [3/4, 4/3]"
+    )
+    flip: float | None = option(
+        None, "probability of a horizontal flip; null: the method's, or 0.5"
+    )
+    groups: Any = option(
+        None,
+        "kinds of views, each of number, size, scale, ratio, flip, jitter, brightness, contrast, "
+        "saturation, hue, grey, blur, sigma, solarize; null: the method's",
+        type="list of groups | null",
+    )
+    region: list[float] | None = option(
+        None,
+        "a sample is a fixed part of its picture, of this share of the area, [min, max]; null: "
+        "the whole picture",
+    )
     crops_per_image: int | None = option(
         None, "samples of one picture in an epoch; null: 64 of a photograph, 1 of a file"
     )
@@ -54,15 +71,20 @@ class ViewsConfig:
 
 @dataclass
 class ModelConfig:
-    name: str = option("mae_vit_base_patch16", "factory or class in fastssl.models")
+    name: str = option(
+        "mae_vit_base_patch16",
+        "factory or class in fastssl.models; timm:name; file.py:factory or package.module:factory",
+    )
     args: dict[str, Any] = option({}, "its keyword arguments, as model.args.depth=4")
     weights: str | None = option(None, "file of released weights to start from")
 
 
 @dataclass
 class MethodConfig:
-    name: str = option("mae", "what is learned", choices=tuple(METHODS))
-    mask_ratio: float = option(0.75, "share of the patches or mask units that is hidden")
+    name: str = option(
+        "mae", f"what is learned: {', '.join(METHODS)}; file.py:Class or package.module:Class"
+    )
+    args: dict[str, Any] = option({}, "its keyword arguments, as method.args.mask_ratio=0.6")
 
 
 @dataclass
@@ -95,8 +117,12 @@ class SchedulesConfig:
     last_layer_lr: Schedule | None = option(
         None, "factor of the learning rate of modules called last_layer (hold_steps freezes)"
     )
-    teacher_momentum: Schedule | None = option(None, "share of the teacher that a step keeps")
-    teacher_temp: Schedule | None = option(None, "temperature of the teacher's softmax")
+    teacher_momentum: Schedule | None = option(
+        None, "share of the teacher that a step keeps; null: the method's"
+    )
+    teacher_temp: Schedule | None = option(
+        None, "temperature of the teacher's softmax; null: the method's"
+    )
 
 
 @dataclass
@@ -108,6 +134,12 @@ class TrainConfig:
     compile: bool = option(False, "torch.compile the method")
     grad_checkpointing: bool = option(
         False, "keep each block's input only and compute the rest again in backward"
+    )
+    batch_norm_ranks: int = option(
+        0, "ranks that share the statistics of batch normalisation; 0: all, 1: each has its own"
+    )
+    max_bad_steps: int = option(
+        10, "a step whose gradient is not finite is skipped; so many in a row end the run"
     )
     device: str = option("auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda"))
 
@@ -291,6 +323,7 @@ def check(config: Config) -> None:
         ("train.steps", train.steps),
         ("loader.num_workers", config.loader.num_workers),
         ("eval.every", config.eval.every),
+        ("train.batch_norm_ranks", train.batch_norm_ranks),
         ("eval.max_images", config.eval.max_images),
         ("checkpoint.every", config.checkpoint.every),
     ):
@@ -299,6 +332,7 @@ def check(config: Config) -> None:
     at_least_one = {
         "train.global_batch_size": train.global_batch_size,
         "train.accumulation": train.accumulation,
+        "train.max_bad_steps": train.max_bad_steps,
         "log.every": config.log.every,
         "checkpoint.keep": config.checkpoint.keep,
         "eval.batch_size": config.eval.batch_size,
@@ -310,27 +344,28 @@ def check(config: Config) -> None:
     for name, value in at_least_one.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if not 0 < config.method.mask_ratio < 1:
-        raise ValueError(
-            f"method.mask_ratio must be between 0 and 1, got {config.method.mask_ratio}"
-        )
     for name, value, length in (
         ("views.scale", views.scale, 2),
         ("views.ratio", views.ratio, 2),
+        ("views.region", views.region, 2),
         ("views.mean", views.mean, 3),
         ("views.std", views.std, 3),
         ("eval.scale", config.eval.scale, 2),
         ("optim.betas", config.optim.betas, 2),
     ):
-        if len(value) != length:
+        if value is not None and len(value) != length:
             raise ValueError(f"{name} must have {length} values, got {value}")
     for name, value in (
         ("views.scale", views.scale),
         ("views.ratio", views.ratio),
+        ("views.region", views.region),
         ("eval.scale", config.eval.scale),
     ):
-        if not 0 < value[0] <= value[1]:
+        if value is not None and not 0 < value[0] <= value[1]:
             raise ValueError(f"{name} must be [min, max] with 0 < min <= max, got {value}")
+    groups = [] if views.groups is None else views.groups
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        raise ValueError(f"views.groups must be a list of groups of keys, got {groups!r}")
     if min(views.std) <= 0:
         raise ValueError(f"views.std must be positive, got {views.std}")
     if not config.name or Path(config.name).name != config.name or config.name in (".", ".."):

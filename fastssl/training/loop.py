@@ -17,9 +17,10 @@ from fastssl.evaluation import evaluate
 from fastssl.optim import set_hyperparameters
 from fastssl.training import checkpoint, messages, setup
 from fastssl.training.config import Config, check
-from fastssl.training.metrics import Clock, Log, Meter, NonFiniteError, peak_memory_mb
+from fastssl.training.metrics import Clock, Log, Meter, peak_memory_mb
 from fastssl.training.report import read_metrics, save_reconstructions, write_report
 from fastssl.training.run import keep_config, open_run, stop_on_signal
+from fastssl.training.watch import BadSteps, CollapseWatch, NonFiniteError, all_finite
 
 
 def train(config: Config, *, resume: bool = False) -> Path:
@@ -32,7 +33,8 @@ def train(config: Config, *, resume: bool = False) -> Path:
     Raises:
         ValueError: a value in the configuration cannot be used; it is named.
         FileExistsError: there is such a run.
-        NonFiniteError: loss or gradient is not finite any more; what was saved before is.
+        NonFiniteError: loss or gradient was not finite in train.max_bad_steps steps in a row, which
+            were skipped; what is saved is from before them.
     """
     check(config)
     with distributed.session(config.train.device) as world, stop_on_signal() as stop:
@@ -61,7 +63,7 @@ class Run:
         self.config, self.world = config, world
         setup.micro_batch_size(config, world)
         self.train_set, self.eval_sets = setup.datasets(config)
-        self.method, self.optimizer = setup.method_and_optimizer(config, world)
+        self.method, self.optimizer = setup.method_and_optimizer(config, world, self.train_set)
         self.example = setup.example_batch(config, self.train_set, self.eval_sets, world.device)
         # Not before the rest of the configuration has proved good: it may delete an older run.
         self.folder = open_run(config, resume=resume)
@@ -80,10 +82,11 @@ class Run:
         data = self.train_set.describe()
         self.log.say(messages.introduction(config, world, self.method, data, self.step))
         self.batches = iter(self.loader)
-        self.meter, self.clock = Meter(world.device), Clock()
+        self.meter, self.clock = Meter(), Clock()
+        self.bad_steps, self.collapse = BadSteps(self.method), CollapseWatch()
 
     def train_step(self) -> None:
-        """One optimizer step on the next global batch."""
+        """One optimizer step on the next global batch; none where its gradient is not finite."""
         method, accumulation = self.method, self.config.train.accumulation
         values = setup.scheduled(self.config, self.step)
         set_hyperparameters(
@@ -93,6 +96,7 @@ class Run:
             last_layer_lr=values.pop("last_layer_lr", 1.0),
         )
         method.before_step(values)
+        self.bad_steps.remember()
         totals: dict[str, Tensor] = {}
         for micro_batch in range(accumulation):
             with self.clock.waiting():
@@ -100,26 +104,33 @@ class Run:
             distributed.sync_gradients(method, micro_batch == accumulation - 1)
             with self._autocast():
                 outputs = method(batch)
+            if "features" in outputs:
+                self.collapse.see(outputs.pop("features"))
             (outputs["loss"] / accumulation).backward()
             for name, value in outputs.items():
                 totals[name] = totals.get(name, 0.0) + value.detach() / accumulation
         totals["grad_norm"] = self._clip_gradient()
+        self.step += 1
+        if self.bad_steps.refuse(totals["loss"], totals["grad_norm"]):
+            method.skip_step()
+            self.optimizer.zero_grad()
+            self._stop_if_hopeless(totals)
+            return
         self.optimizer.step()
         self.optimizer.zero_grad()
         method.after_step()
-        self.step += 1
-        self.meter.add(self.step, totals)
+        self.meter.add(totals)
 
     def record(self) -> None:
-        """Write the means since the last record; the step is known to be finite afterwards."""
+        """Write the means since the last record, and say what has collapsed."""
         num_steps = self.step - self.recorded_step
         if num_steps == 0:
             return
-        try:
-            means = self.meter.flush()
-        except NonFiniteError as error:
-            raise NonFiniteError(messages.non_finite(error, self.folder, self.saved_step)) from None
-        values = means | setup.scheduled(self.config, self.step - 1)
+        values = self.meter.flush() | self.collapse.measure()
+        values |= {"skipped_steps": self.bad_steps.total} if self.bad_steps.total else {}
+        for sentence in self.collapse.warnings(self.step, values):
+            self.log.say(sentence)
+        values |= setup.scheduled(self.config, self.step - 1)
         values |= self.clock.flush(num_steps * self.config.train.global_batch_size)
         values["peak_memory_mb"] = peak_memory_mb(self.world.device)
         self.log.write(self.step, "train", values)
@@ -128,10 +139,12 @@ class Run:
 
     def checkpoint_is_due(self) -> bool:
         every = self.config.checkpoint.every
-        return self.step == self.config.train.steps or (every > 0 and self.step % every == 0)
+        # While steps are bad the parameters may be: better ones are not to be pushed out by them.
+        due = every > 0 and self.step % every == 0 and not self.bad_steps.in_a_row
+        return due or self.step == self.config.train.steps
 
     def save(self) -> None:
-        """Write a checkpoint of this step, which `record` has found finite."""
+        """Write a checkpoint of this step."""
         self.record()
         with self.clock.paused():
             checkpoint.save(
@@ -188,6 +201,18 @@ class Run:
         write_report(self.folder)
         lines = read_metrics(self.folder / "metrics.jsonl")
         print(messages.summary(self.config, self.folder, self.step, *lines, skipped), flush=True)
+
+    def _stop_if_hopeless(self, totals: dict[str, Tensor]) -> None:
+        if self.bad_steps.in_a_row < self.config.train.max_bad_steps:
+            return
+        if not distributed.any_rank(not all_finite(self.method)):
+            self.save()
+        came = distributed.mean({name: value.double() for name, value in totals.items()})
+        raise NonFiniteError(
+            messages.non_finite(
+                self.step, self.bad_steps.in_a_row, came, self.folder, self.saved_step
+            )
+        )
 
     def _show(self, pictures: tuple[Tensor, Tensor, Tensor] | None) -> None:
         if pictures is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 
@@ -40,11 +41,15 @@ def scores(step: int, values: dict[str, float]) -> str:
     return f"step {step}: frozen features, held-out crops: {', '.join(parts)}"
 
 
-def non_finite(error: Exception, folder: Path, saved_step: int) -> str:
+def non_finite(
+    step: int, in_a_row: int, came: Mapping[str, float], folder: Path, saved_step: int
+) -> str:
     """What to do about a loss that is not finite any more."""
     good = f"step {saved_step} is saved and good" if saved_step else "nothing was saved yet"
+    values = ", ".join(f"{name} {value:g}" for name, value in came.items())
     return (
-        f"{error}; {good}. Try a smaller schedules.lr.base, a longer schedules.lr.warmup_steps, "
+        f"not finite at step {step}: {values}. The {in_a_row} last steps were skipped; "
+        f"{good}. Try a smaller schedules.lr.base, a longer schedules.lr.warmup_steps, "
         f"optim.clip_grad=1 or train.precision=fp32; with --resume the run {folder} goes on from "
         "its last checkpoint"
     )
@@ -69,6 +74,11 @@ def summary(
         for key, name in _SCORES.items():
             change = after[key] - before[key]
             lines.append(f"{name:<16}{before[key]:>8.1f} %{after[key]:>10.1f} %{change:>+10.1f}")
+    if any("skipped_steps" in line for line in train_lines):
+        lines.append(
+            f"{train_lines[-1]['skipped_steps']} steps were skipped: their gradient was not finite"
+        )
+    train_lines = [line for line in train_lines if "loss" in line]
     if train_lines:
         speed = median(line["images_per_second"] for line in train_lines)
         wait = median(line["data_wait"] for line in train_lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import sys
@@ -19,39 +20,23 @@ from fastssl import distributed
 from fastssl.distributed import World
 
 
-class NonFiniteError(ArithmeticError):
-    """The loss or the gradient is infinite or not a number."""
-
-
 class Meter:
     """Means of scalars since the last `flush`; nothing waits for the device in between."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._count = 0
-        self._bad_step = torch.full((), torch.inf, dtype=torch.float64, device=device)
 
-    def add(self, step: int, values: Mapping[str, Tensor]) -> None:
-        """The values of one step; `step` is remembered if one of them is not finite."""
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """The values of one step."""
         for name, value in values.items():
-            value = value.detach().double()
-            self._sums[name] = self._sums.get(name, 0.0) + value
-            bad = torch.where(value.isfinite(), torch.inf, float(step))
-            self._bad_step = torch.minimum(self._bad_step, bad.to(self._bad_step))
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().double()
         self._count += 1
 
     def flush(self) -> dict[str, float]:
-        """Mean over steps and ranks of each scalar; {} where none came.
-
-        Raises:
-            NonFiniteError: one of them was not finite in a step, which it names.
-        """
+        """Mean over steps and ranks of each scalar; {} where none came."""
         means = distributed.mean({name: total / self._count for name, total in self._sums.items()})
-        first_bad = min(distributed.gather(self._bad_step.item()))
         self._sums, self._count = {}, 0
-        if first_bad != torch.inf:
-            came = ", ".join(f"{name} {value:g}" for name, value in means.items())
-            raise NonFiniteError(f"not finite at step {first_bad:.0f}: {came}")
         return means
 
 
@@ -121,7 +106,9 @@ class Log:
     def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        # JSON has no word for what is not finite.
+        known = {n: v if math.isfinite(v) else None for n, v in values.items()}
+        self._file.write(json.dumps({"step": step, "kind": kind, **known}) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in values.items():
@@ -131,7 +118,7 @@ class Log:
         """Move the bar to `step`, with the values of the last train line."""
         if self._bar is None:
             return
-        if values:
+        if "loss" in values:
             self._bar.set_postfix_str(
                 f"loss {values['loss']:.4f}, {values['images_per_second']:.0f} images/s, "
                 f"data wait {values['data_wait']:.0%}, {values['peak_memory_mb']:.0f} MB",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import os
 from collections.abc import Sequence
 from html import escape
@@ -112,9 +113,9 @@ def read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
     if path.is_file():
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                line = json.loads(text)
+                line = {k: math.nan if v is None else v for k, v in json.loads(text).items()}
                 lines[line["kind"]][int(line["step"])] = line
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 continue
     train, evals = ([steps[s] for s in sorted(steps)] for steps in lines.values())
     return train, evals

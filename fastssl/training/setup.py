@@ -12,10 +12,11 @@ from torch.optim import Optimizer
 from fastssl import distributed
 from fastssl.data import Batch, build_datasets
 from fastssl.data.crops import EvaluationCrops, PretrainingCrops, Request
-from fastssl.data.loader import Loader, build_loader
+from fastssl.data.loader import Loader, build_loader, num_samples, steps_per_epoch
+from fastssl.data.views import View
 from fastssl.distributed import World
-from fastssl.methods import Method, build_method
-from fastssl.models import load_pretrained
+from fastssl.methods import Method, build_method, make_views, method_class
+from fastssl.nn import SyncBatchNorm
 from fastssl.optim import build_adamw, build_lamb, build_lars, scale_lr
 from fastssl.training.config import Config
 
@@ -34,16 +35,27 @@ def datasets(
     return build_datasets(
         config.data,
         image_size=tuple(size) if isinstance(size, list) else size,
+        views=kinds_of_views(config),
         seed=config.seed,
-        scale=tuple(views.scale),
-        ratio=tuple(views.ratio),
-        flip=views.flip,
+        region=None if views.region is None else tuple(views.region),
         crops_per_image=views.crops_per_image,
         mean=tuple(views.mean),
         std=tuple(views.std),
         eval_scale=tuple(judged.scale),
         eval_crops=judged.crops,
         max_eval_images=judged.max_images,
+    )
+
+
+def kinds_of_views(config: Config) -> tuple[View, ...]:
+    """What the method asks for, with what the configuration changes of it."""
+    views = config.views
+    base = {name: getattr(views, name) for name in ("scale", "ratio", "flip")}
+    return make_views(
+        method_class(config.method.name),
+        views.image_size,
+        views.groups,
+        {name: value for name, value in base.items() if value is not None},
     )
 
 
@@ -96,23 +108,29 @@ def position(config: Config, train_set: PretrainingCrops) -> dict[str, int]:
     }
 
 
-def method_and_optimizer(config: Config, world: World) -> tuple[Method, Optimizer]:
+def method_and_optimizer(
+    config: Config, world: World, train_set: PretrainingCrops
+) -> tuple[Method, Optimizer]:
     """Weights by config.seed, the same on all ranks, then compiled and sharded as configured."""
     _seed(config.seed)
     method = build_method(
         config.method.name,
         model=config.model.name,
         model_args=config.model.args,
+        weights=config.model.weights,
+        grad_checkpointing=config.train.grad_checkpointing,
+        args=config.method.args,
         image_size=config.views.image_size,
-        mask_ratio=config.method.mask_ratio,
+        views=kinds_of_views(config),
+        num_samples=num_samples(train_set, config.train.global_batch_size),
+        steps_per_epoch=steps_per_epoch(train_set, config.train.global_batch_size),
+        num_steps=config.train.steps,
         seed=config.seed,
     )
-    if config.model.weights is not None:
-        report = load_pretrained(method.model, config.model.weights)
-        if world.is_main:
-            print(report)
-    if config.train.grad_checkpointing:
-        method.model.set_grad_checkpointing()
+    if world.size > 1:
+        method = SyncBatchNorm.convert_sync_batchnorm(
+            method, distributed.subgroup(config.train.batch_norm_ranks)
+        )
     method.to(world.device)
     if config.train.compile:
         # FSDP's hooks stand between the blocks: there, each is compiled by itself.
@@ -142,10 +160,11 @@ def _optimizer(config: Config, method: Method) -> Optimizer:
 
 
 def scheduled(config: Config, step: int) -> dict[str, float]:
-    """The value of each configured schedule in optimizer step `step`."""
+    """The value of each schedule, configured or the method's, in optimizer step `step`."""
     values = {}
-    for name in (f.name for f in fields(config.schedules)):
-        schedule = getattr(config.schedules, name)
+    own = method_class(config.method.name).schedules
+    for name in dict.fromkeys([*(f.name for f in fields(config.schedules)), *own]):
+        schedule = getattr(config.schedules, name, None) or own.get(name)
         if name == "lr":
             optim, batch = config.optim, config.train.global_batch_size
             base = scale_lr(
@@ -158,12 +177,11 @@ def scheduled(config: Config, step: int) -> dict[str, float]:
 
 
 def _check_schedules(config: Config, method: Method, optimizer: Optimizer) -> None:
-    """Refuse a schedule that would do nothing, and the lack of one that is needed."""
+    """Refuse a schedule that would do nothing."""
     for name in (f.name for f in fields(config.schedules)):
         given = getattr(config.schedules, name) is not None
-        if name not in _OF_THE_OPTIMIZER and given != (name in method.schedules):
-            does = "does not use" if given else "needs"
-            raise ValueError(f"schedules.{name}: method {config.method.name} {does} it")
+        if given and name not in (*_OF_THE_OPTIMIZER, *method.schedules):
+            raise ValueError(f"schedules.{name}: method {config.method.name} does not use it")
     last_layers = any(group["last_layer"] for group in optimizer.param_groups)
     if config.schedules.last_layer_lr is not None and not last_layers:
         raise ValueError("schedules.last_layer_lr: no module of the method is called last_layer")

@@ -5,7 +5,9 @@ import torch
 import torch.distributed as dist
 from torch._dynamo.testing import CompileCounter
 
+from fastssl import nn as fnn
 from fastssl.losses import DINOLoss
+from tests.losses.test_ibot_patch_loss import sinkhorn
 
 
 def make_loss(K=11, S=4, **kwargs):
@@ -40,6 +42,56 @@ def test_temperature_schedule():
     loss_fn = make_loss()
     expected = [0.04, 0.055, 0.07, 0.07, 0.07]
     assert [loss_fn.teacher_temp(e) for e in (0, 1, 2, 9, 50)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_temperature_takes_the_place_of_the_epochs(fused, as_tensor):
+    loss_fn = make_loss()
+    loss_fn.center.normal_()
+    center = loss_fn.center.clone().double()
+    outputs = [fnn.HeadOutput(torch.randn(rows, 5), torch.randn(11, 5), True) for rows in (20, 10)]
+    temp = torch.tensor(0.3) if as_tensor else 0.3
+    if fused:
+        loss = loss_fn.linear(*outputs, teacher_temp=temp)
+    else:
+        loss = loss_fn(*(output.logits() for output in outputs), epoch=9, teacher_temp=temp)
+    logits = [output.logits().double() for output in outputs]
+    expected = paper_loss(*logits, center, 0.1, 0.3, 4)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_epoch_or_temperature_must_be_given():
+    student, teacher = torch.randn(8, 11), torch.randn(4, 11)
+    with pytest.raises(ValueError, match="epoch must be given where teacher_temp is not, got None"):
+        make_loss()(student, teacher)
+    with pytest.raises(ValueError, match="teacher_temp must be positive, got 0"):
+        make_loss()(student, teacher, teacher_temp=0)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_sinkhorn_over_both_teacher_views(fused, as_tensor):
+    loss_fn = make_loss(centering="sinkhorn_knopp").double()
+    student, teacher = (
+        fnn.HeadOutput(torch.randn(rows, 5, dtype=torch.float64), torch.randn(11, 5).double(), True)
+        for rows in (20, 10)
+    )
+    student.features.requires_grad_()
+    temp = torch.tensor(0.3, dtype=torch.float64) if as_tensor else 0.3
+    if fused:
+        loss = loss_fn.linear(student, teacher, teacher_temp=temp)
+    else:
+        loss = loss_fn(student.logits(), teacher.logits(), teacher_temp=temp)
+    q = sinkhorn(teacher.logits(), 0.3).chunk(2)
+    p = (student.logits() / 0.1).log_softmax(1).chunk(4)
+    terms = [-(q[t] * p[s]).sum(1).mean() for t in range(2) for s in range(4) if s != t]
+    expected = sum(terms) / len(terms)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, student.features), torch.autograd.grad(expected, student.features)
+    )
+    assert loss_fn.center.abs().sum() == 0
 
 
 def test_center_moves_in_forward_as_the_official_one():
@@ -118,6 +170,8 @@ def test_bad_constructor_arguments_are_named():
         DINOLoss(8, 2, 0.04, 0, 0, 1)
     with pytest.raises(ValueError, match="ncrops must be at least 2, got 1"):
         DINOLoss(8, 1, 0.04, 0.04, 0, 1)
+    with pytest.raises(ValueError, match="centering must be one of softmax, sinkhorn_knopp, got"):
+        DINOLoss(8, 2, centering="mean")
 
 
 def test_stats_on_request():
@@ -143,6 +197,20 @@ def test_a_new_epoch_is_no_new_graph():
     for epoch in range(3, 9):
         compiled(student, teacher, epoch)
     assert counter.frame_count <= graphs + 1
+
+
+@pytest.mark.parametrize("centering", ["softmax", "sinkhorn_knopp"])
+def test_a_new_temperature_is_no_new_graph(centering):
+    loss_fn = make_loss(centering=centering)
+    counter = CompileCounter()
+    torch.compiler.reset()
+    compiled = torch.compile(loss_fn, backend=counter, fullgraph=True)
+    student, teacher, temp = torch.randn(8, 11), torch.randn(4, 11), torch.tensor(0.04)
+    compiled(student, teacher, teacher_temp=temp)
+    graphs = counter.frame_count
+    for value in (0.05, 0.06, 0.07):
+        compiled(student, teacher, teacher_temp=temp.fill_(value))
+    assert counter.frame_count == graphs
 
 
 def test_a_learning_teacher_is_refused_and_aliases_are_known():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastssl.data import Batch
-from fastssl.methods import MAE, METHODS, HieraMAE, build_method
+from fastssl.methods import MAE, HieraMAE, build_method
 
 ARGS = {
     "mae": {
@@ -42,13 +42,13 @@ UNIT = {"mae": 4, "hiera_mae": 32}
 def make(name, seed=5, mask_ratio=0.5, **model_args):
     torch.manual_seed(0)
     options = ARGS[name] | {"model_args": ARGS[name]["model_args"] | model_args}
-    return build_method(name, mask_ratio=mask_ratio, seed=seed, **options)
+    return build_method(name, args={"mask_ratio": mask_ratio}, seed=seed, **options)
 
 
 def make_batch(name, index=(3, 11), epoch=0, view=0):
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(len(index), 3, *ARGS[name]["image_size"], generator=generator)
-    return Batch(images, torch.tensor(index), epoch, view)
+    return Batch((images,), torch.tensor(index), epoch, view)
 
 
 def hidden(method, name, batch):
@@ -60,7 +60,7 @@ def hidden(method, name, batch):
     return changed.view(-1, height, unit, width, unit).transpose(2, 3).flatten(3).all(3).flatten(1)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ARGS)
 def test_masks_are_keyed_by_seed_epoch_index_and_view(name):
     method = make(name)
     base = method.noise(make_batch(name))
@@ -77,7 +77,7 @@ def test_masks_are_keyed_by_seed_epoch_index_and_view(name):
         assert not torch.equal(base, other)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ARGS)
 def test_the_share_of_hidden_units_is_the_mask_ratio(name):
     batch = make_batch(name)
     removed = hidden(make(name, mask_ratio=0.5), name, batch)
@@ -85,7 +85,7 @@ def test_the_share_of_hidden_units_is_the_mask_ratio(name):
     assert removed.sum(1).tolist() == [removed.shape[1] // 2] * 2
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ARGS)
 def test_hidden_are_the_units_with_the_largest_noise(name):
     method, batch = make(name), make_batch(name)
     noise = method.noise(batch)
@@ -94,7 +94,7 @@ def test_hidden_are_the_units_with_the_largest_noise(name):
 
 
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ARGS)
 def test_loss_is_the_error_of_the_picture(name, norm_pix_loss):
     """The squared error between picture and truth where hidden is the loss, patch by patch."""
     method, batch = make(name, norm_pix_loss=norm_pix_loss), make_batch(name)
@@ -111,7 +111,7 @@ def test_loss_is_the_error_of_the_picture(name, norm_pix_loss):
     torch.testing.assert_close(loss, error, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ARGS)
 def test_features_are_one_vector_an_image(name):
     method, batch = make(name).eval(), make_batch(name)
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_features_are_one_vector_an_image(name):
     assert (both[0] - both[1]).abs().max() > 1e-4, "they depend on the image"
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ARGS)
 def test_every_trained_parameter_gets_a_gradient(name):
     method = make(name)
     method(make_batch(name))["loss"].backward()
@@ -132,9 +132,7 @@ def test_every_trained_parameter_gets_a_gradient(name):
 
 
 def test_factories_are_built_for_the_image_size():
-    method = build_method(
-        "hiera_mae", model="mae_hiera_tiny_224", image_size=64, mask_ratio=0.6, seed=0
-    )
+    method = build_method("hiera_mae", model="mae_hiera_tiny_224", image_size=64, seed=0)
     assert isinstance(method, HieraMAE)
     assert method.model.units_shape((64, 64)) == (2, 2)
     assert method.model.tokens_spatial_shape == [16, 16] or tuple(
@@ -145,7 +143,6 @@ def test_factories_are_built_for_the_image_size():
         model="mae_vit_base_patch16",
         model_args={"depth": 1, "decoder_depth": 1},
         image_size=(32, 48),
-        mask_ratio=0.75,
     )
     assert isinstance(method, MAE)
     assert method.model.grid_size == (2, 3)
@@ -154,14 +151,20 @@ def test_factories_are_built_for_the_image_size():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"name": "simclr"}, "method.name must be one of mae, hiera_mae, got 'simclr'"),
-        ({"model": "mae_hiera_tiny_224"}, "model.name must be one of .*mae_vit_base_patch16.*got"),
+        ({"name": "simcrl"}, "method.name must be one of mae, hiera_mae, .*got 'simcrl'"),
+        ({"model": "mae_vit_bas"}, "model.name must be one of .*mae_vit_base_patch16.*got"),
+        (
+            {"model": "vit_tiny", "model_args": {"patch_size": 4}},
+            "build a MaskedAutoencoderViT .*got a VisionTransformer",
+        ),
+        ({"args": {"mask_ratio": 1.0}}, "method.args.mask_ratio must be between 0 and 1, got 1.0"),
+        ({"args": {"ratio": 0.5}}, "method.args of mae are mask_ratio, .*; got ratio"),
         ({"model_args": {"deph": 1}}, "model.args do not fit MaskedAutoencoderViT: .*'deph'"),
         ({"image_size": 30}, r"30"),
     ],
 )
 def test_what_does_not_exist_or_fit_is_named(change, message):
-    arguments = {"name": "mae", "mask_ratio": 0.5, **ARGS["mae"]} | change
+    arguments = {"name": "mae", **ARGS["mae"]} | change
     name = arguments.pop("name")
     with pytest.raises(ValueError, match=message):
         build_method(name, **arguments)

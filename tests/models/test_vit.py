@@ -32,11 +32,13 @@ def test_parity_with_transformers_vit(size):
     assert_relative(ours.features(images), tokens[:, 1:].mean(1), 1e-4)
 
 
+@pytest.mark.parametrize("ffn_layer", ["mlp", "swiglu"])
 @pytest.mark.parametrize("size", [(32, 32), (40, 24)])
-def test_parity_with_transformers_dinov2(size):
-    theirs = transformers.Dinov2Model(transformers.Dinov2Config(**THEIRS))
+def test_parity_with_transformers_dinov2(size, ffn_layer):
+    config = transformers.Dinov2Config(**THEIRS, use_swiglu_ffn=ffn_layer == "swiglu")
+    theirs = transformers.Dinov2Model(config)
     randomise(theirs)
-    ours = small(init_values=1.0, use_mask_token=True)
+    ours = small(init_values=1.0, use_mask_token=True, ffn_layer=ffn_layer)
     ours.load_state_dict(official(theirs.state_dict()))
     images = torch.randn(2, 3, *size)
     masks = torch.rand(2, size[0] * size[1] // 64) < 0.4
@@ -135,6 +137,7 @@ def test_state_dict_has_the_official_keys():
 
 # Parameters of the released encoders without a head: timm, dino, mae; dinov2 at 518 pixels.
 DINOV2 = {"img_size": 518, "init_values": 1.0, "use_mask_token": True}
+VIT_G = {"embed_dim": 1536, "depth": 40, "num_heads": 24, "ffn_layer": "swiglu"}
 
 
 @pytest.mark.parametrize(
@@ -148,6 +151,7 @@ DINOV2 = {"img_size": 518, "init_values": 1.0, "use_mask_token": True}
         ("vit_small_patch14", DINOV2, 22_056_576),
         ("vit_base_patch14", DINOV2, 86_580_480),
         ("vit_large_patch14", DINOV2, 304_368_640),
+        ("vit_large_patch14", DINOV2 | VIT_G, 1_136_480_768),
     ],
 )
 def test_factories_are_the_released_configurations(name, config, parameters):
@@ -197,6 +201,8 @@ def test_refuses_bad_arguments():
         small(img_size=33)
     with pytest.raises(ValueError, match="patch_size must be a positive int or"):
         small(patch_size=0)
+    with pytest.raises(ValueError, match="ffn_layer must be one of mlp, swiglu, got 'glu'"):
+        small(ffn_layer="glu")
     with pytest.raises(ValueError, match="global_pool must be one of token, avg, got 'map'"):
         small(global_pool="map")
     with pytest.raises(ValueError, match="pool must be one of token, avg, got 'map'"):

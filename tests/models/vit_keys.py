@@ -20,6 +20,8 @@ RULES = [
     (r"\.attention\.o_proj\.", ".attn.proj."),
     (r"\.attention\.q_proj\.", ".attn.qkv."),
     (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
+    (r"\.mlp\.gate_proj\.", ".mlp.w12."),
+    (r"\.mlp\.down_proj\.", ".mlp.w3."),
 ]
 
 
@@ -27,11 +29,13 @@ def official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`tensors` (parameters, or gradients by parameter name) under the official keys."""
     out = {}
     for name, tensor in tensors.items():
-        if re.search(r"\.[kv]_proj\.", name):
+        if re.search(r"\.([kv]|up)_proj\.", name):
             continue
         if ".q_proj." in name:
             three = [tensors[name.replace(".q_proj.", f".{x}_proj.")] for x in "qkv"]
             tensor = torch.cat(three)
+        if ".gate_proj." in name:
+            tensor = torch.cat([tensor, tensors[name.replace(".gate_proj.", ".up_proj.")]])
         for pattern, replacement in RULES:
             name = re.sub(pattern, replacement, name)
         out[name] = tensor

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastssl.nn import Attention, Block, DropPath, LayerScale, Mlp
+from fastssl.nn import Attention, Block, DropPath, LayerScale, Mlp, SwiGLU
 
 
 def test_attention_is_the_formula():
@@ -34,6 +34,16 @@ def test_mlp_is_the_formula():
     torch.testing.assert_close(mlp(x), hidden @ mlp.fc2.weight.T + mlp.fc2.bias)
     assert Mlp(4).fc2.weight.shape == (4, 4)
     assert isinstance(Mlp(4, act_layer=nn.ReLU).act, nn.ReLU)
+
+
+@pytest.mark.parametrize("hidden, kept", [(24, 16), (30, 24), (6144, 4096)])
+def test_swiglu_is_the_formula(hidden, kept):
+    layer = SwiGLU(4, hidden, 3)
+    x = torch.randn(2, 5, 4)
+    a, b = (x @ layer.w12.weight.T + layer.w12.bias).split(kept, dim=-1)
+    expected = (a * a.sigmoid() * b) @ layer.w3.weight.T + layer.w3.bias
+    torch.testing.assert_close(layer(x), expected)
+    assert SwiGLU(4).w3.weight.shape == (4, 8)
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_expectation():

@@ -8,7 +8,7 @@ import torch
 from fastssl.methods import build_method
 from fastssl.training import recipes
 from fastssl.training.config import Config, check, describe, dump, keys, load, nearest
-from fastssl.training.setup import scheduled
+from fastssl.training.setup import kinds_of_views, scheduled
 
 
 @pytest.fixture
@@ -72,7 +72,8 @@ def test_optional_group_appears_with_its_first_key(recipe):
         ("views.scale=[0.9, 0.1]", ["views.scale must be [min, max]", "[0.9, 0.1]"]),
         ("eval.scale=[0, 1]", ["eval.scale must be [min, max]", "[0.0, 1.0]"]),
         ("views.std=[1, 0, 1]", ["views.std must be positive", "[1.0, 0.0, 1.0]"]),
-        ("method.mask_ratio=1.0", ["method.mask_ratio must be between 0 and 1", "1.0"]),
+        ("method.mask_ratio=1.0", ["unknown key method.mask_ratio"]),
+        ("views.groups=3", ["views.groups must be a list of groups", "3"]),
         ("name=a/b", ["name must be the name of a folder", "'a/b'"]),
     ],
 )
@@ -163,7 +164,8 @@ def test_the_model_of_every_recipe_can_be_built(name):
             model=config.model.name,
             model_args=config.model.args,
             image_size=config.views.image_size,
-            mask_ratio=config.method.mask_ratio,
+            args=config.method.args,
+            views=kinds_of_views(config),
         )
     assert sum(p.numel() for p in method.parameters()) > 1e5
 
@@ -175,7 +177,7 @@ def test_mae_recipes_have_the_numbers_of_the_paper(name):
     assert scheduled(config, 12480 // 2)["lr"] == pytest.approx(1.2e-3)
     assert scheduled(config, 400_000)["weight_decay"] == 0.05
     assert config.train.steps == 1600 * (1281167 // config.train.global_batch_size)
-    assert (config.optim.betas, config.method.mask_ratio) == ([0.9, 0.95], 0.75)
+    assert (config.optim.betas, config.method.args) == ([0.9, 0.95], {"mask_ratio": 0.75})
     assert config.model.args["norm_pix_loss"] is True
 
 
@@ -189,11 +191,11 @@ def test_recipes_are_found_in_a_wheel(tmp_path, monkeypatch):
 
 def test_configurations_share_nothing():
     first, second = Config(), Config()
-    first.views.scale[0] = 0.9
+    first.views.mean[0] = 0.9
     first.model.args["depth"] = 1
     first.schedules.lr.base = 9.0
     assert second == Config()
-    assert second.views.scale[0] == 0.2
+    assert second.views.mean[0] == 0.485
 
 
 def test_a_configuration_made_in_python_is_checked():

@@ -3,50 +3,32 @@
 import json
 import time
 
-import pytest
 import torch
 
 from fastssl.distributed import World
-from fastssl.training.metrics import Clock, Log, Meter, NonFiniteError, peak_memory_mb
+from fastssl.training.metrics import Clock, Log, Meter, peak_memory_mb
 
 CPU = torch.device("cpu")
 
 
 def test_means_over_the_steps_since_the_last_flush():
-    meter = Meter(CPU)
-    meter.add(1, {"loss": torch.tensor(1.0), "norm": torch.tensor(5.0)})
-    meter.add(2, {"loss": torch.tensor(2.0), "norm": torch.tensor(7.0)})
+    meter = Meter()
+    meter.add({"loss": torch.tensor(1.0), "norm": torch.tensor(5.0)})
+    meter.add({"loss": torch.tensor(2.0), "norm": torch.tensor(7.0)})
     assert meter.flush() == {"loss": 1.5, "norm": 6.0}
-    meter.add(3, {"loss": torch.tensor(4.0)})
+    meter.add({"loss": torch.tensor(4.0)})
     assert meter.flush() == {"loss": 4.0}
     assert meter.flush() == {}
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_the_first_step_that_is_not_finite_is_named(value):
-    meter = Meter(CPU)
-    for step, loss in enumerate([1.0, 2.0, value, 3.0, float("nan")], start=11):
-        meter.add(step, {"grad_norm": torch.tensor(1.0), "loss": torch.tensor(loss)})
-    with pytest.raises(NonFiniteError, match="not finite at step 13: grad_norm 1, loss"):
-        meter.flush()
+def one_step():
+    meter = Meter()
+    meter.add({"loss": torch.tensor(float(torch.distributed.get_rank()))})
+    return meter.flush()
 
 
-def steps_that_fail_in_rank_1():
-    rank = torch.distributed.get_rank()
-    meter = Meter(CPU)
-    meter.add(1, {"loss": torch.tensor(float(rank))})
-    first = meter.flush()
-    meter.add(2, {"loss": torch.tensor(float("inf") if rank == 1 else 0.0)})
-    try:
-        meter.flush()
-    except NonFiniteError as error:
-        return first, str(error)
-
-
-def test_ranks_share_means_and_failures(gloo_pool):
-    for first, error in gloo_pool.run(steps_that_fail_in_rank_1, 2):
-        assert first == {"loss": 0.5}
-        assert error == "not finite at step 2: loss inf"
+def test_ranks_share_means(gloo_pool):
+    assert gloo_pool.run(one_step, 2) == [{"loss": 0.5}] * 2
 
 
 def test_clock_leaves_out_pauses_and_counts_waiting():

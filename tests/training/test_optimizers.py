@@ -35,10 +35,11 @@ def parameters_after(config):
 
 def test_the_configuration_reaches_the_optimizer(images, tmp_path):
     with distributed.session("cpu") as world:
-        _, lars = setup.method_and_optimizer(tiny_config(images, tmp_path, *NAMES["lars"]), world)
-        _, lamb = setup.method_and_optimizer(
-            tiny_config(images, tmp_path, *NAMES["lamb"], "optim.betas=[0.8, 0.99]"), world
-        )
+        config = tiny_config(images, tmp_path, *NAMES["lars"])
+        train_set, _ = setup.datasets(config)
+        _, lars = setup.method_and_optimizer(config, world, train_set)
+        config = tiny_config(images, tmp_path, *NAMES["lamb"], "optim.betas=[0.8, 0.99]")
+        _, lamb = setup.method_and_optimizer(config, world, train_set)
     assert isinstance(lars, LARS) and isinstance(lamb, LAMB)
     assert {(g["momentum"], g["trust_coefficient"]) for g in lars.param_groups} == {(0.8, 0.1)}
     assert {(g["betas"], g["eps"]) for g in lamb.param_groups} == {((0.8, 0.99), 1e-4)}
@@ -49,8 +50,9 @@ def test_mistakes_and_help(images, tmp_path):
     with pytest.raises(ValueError, match="must be one of adamw, lars, lamb, got 'lar'"):
         tiny_config(images, tmp_path, "optim.name=lar")
     config = tiny_config(images, tmp_path, "optim.name=lars", "optim.momentum=1.5")
+    train_set, _ = setup.datasets(config)
     with distributed.session("cpu") as world, pytest.raises(ValueError, match="momentum must be"):
-        setup.method_and_optimizer(config, world)
+        setup.method_and_optimizer(config, world, train_set)
     assert "  optim.name=adamw  [str] adamw; lars and lamb" in describe()
 
 

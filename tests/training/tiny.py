@@ -16,14 +16,14 @@ VIT = [
     "model.args={patch_size: 4, embed_dim: 16, depth: 2, num_heads: 2, decoder_embed_dim: 16,"
     " decoder_depth: 1, decoder_num_heads: 2, norm_pix_loss: true}",
     "views.image_size=16",
-    "method={name: mae, mask_ratio: 0.5}",
+    "method={name: mae, args: {mask_ratio: 0.5}}",
 ]
 HIERA = [
     "model.name=MaskedAutoencoderHiera",
     "model.args={embed_dim: 8, stages: [1, 1, 1], q_pool: 2, mask_unit_attn: [true, false, false],"
     " decoder_embed_dim: 16, decoder_depth: 1, decoder_num_heads: 2}",
     "views.image_size=64",
-    "method={name: hiera_mae, mask_ratio: 0.5}",
+    "method={name: hiera_mae, args: {mask_ratio: 0.5}}",
 ]
 
 

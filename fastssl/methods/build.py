@@ -1,0 +1,165 @@
+"""From names to an encoder and a method around it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastssl import models
+from fastssl.data.views import View
+from fastssl.methods.base import Method, Setting
+
+Size = int | Sequence[int]
+# The keyword by which a factory whose name begins so takes the size of the images.
+_SIZE_KEYWORDS = {
+    "mae_vit": "img_size",
+    "MaskedAutoencoderViT": "img_size",
+    "vit": "img_size",
+    "VisionTransformer": "img_size",
+    "mae_hiera": "input_size",
+    "MaskedAutoencoderHiera": "input_size",
+    "hiera": "input_size",
+    "Hiera": "input_size",
+}
+# What has a classifier unless told otherwise.
+_CLASSIFIERS = ("hiera", "Hiera", "resnet", "ResNet", "xcit", "XCiT")
+
+
+def pair(size: Size) -> tuple[int, int]:
+    """(height, width) of an int, or of two."""
+    return (size, size) if isinstance(size, int) else (size[0], size[-1])
+
+
+def find_method(name: str, known: Mapping[str, type[Method]]) -> type[Method]:
+    """The method called so, or the class `path/to/file.py:Class` or `package.module:Class`."""
+    if name in known:
+        return known[name]
+    found = _import("method.name", name, f"one of {', '.join(known)}, or file.py:Class")
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise ValueError(f"method.name must be a class derived from Method, got {name!r}")
+    return found
+
+
+def make_views(
+    method: type[Method],
+    image_size: Size = 224,
+    groups: Sequence[Mapping[str, Any]] | None = None,
+    base: Mapping[str, Any] | None = None,
+) -> tuple[View, ...]:
+    """The kinds of views of a run.
+
+    Args:
+        method: whose own kinds hold where `groups` is None.
+        image_size: of the kinds that name no `size`.
+        groups: of each kind, keywords of `View`.
+        base: keywords of `View` that hold in all kinds, unless they say otherwise.
+    """
+    own = groups is None
+    groups, base = method.views if own else groups, base or {}
+    for name, value in base.items():
+        if own and len({str(group.get(name)) for group in groups}) > 1:
+            raise ValueError(
+                f"views.{name} must be given in views.groups, since the views of this method "
+                f"differ in it, got {value}"
+            )
+    views = []
+    for group in groups:
+        keywords = {**group, **base} if own else {**base, **group}
+        keywords["size"] = pair(keywords.get("size", image_size))
+        keywords = {k: tuple(v) if isinstance(v, list) else v for k, v in keywords.items()}
+        try:
+            views.append(View(**keywords))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"views.groups: {error}") from error
+    if not views:
+        raise ValueError("views.groups must have at least one kind of views, got none")
+    return tuple(views)
+
+
+def build_encoder(
+    name: str, args: Mapping[str, Any] | None = None, *, image_size: Size = 224
+) -> nn.Module:
+    """An encoder, [B, C, H, W] -> [B, D]: a factory or class of fastssl.models, `timm:name`, or
+    `path/to/file.py:factory` or `package.module:factory`.
+
+    `args` are its keywords, which may be lists where it wants tuples. ValueError for names and
+    keywords that do not exist.
+    """
+    keywords = {k: tuple(v) if isinstance(v, list) else v for k, v in (args or {}).items()}
+    if name.startswith("timm:"):
+        factory, keywords = _timm(name.removeprefix("timm:")), {"num_classes": 0} | keywords
+    elif ":" in name:
+        factory = _import("model.name", name, "file.py:factory")
+    elif name in models.FACTORIES:
+        factory = getattr(models, name)
+        if name.startswith(_CLASSIFIERS):
+            keywords = {"num_classes": 0} | keywords
+        for prefix, keyword in _SIZE_KEYWORDS.items():
+            if name.startswith(prefix):
+                keywords = {keyword: pair(image_size)} | keywords
+                break
+    else:
+        names = ", ".join(models.FACTORIES)
+        raise ValueError(f"model.name must be one of {names}, or file.py:factory, got {name!r}")
+    try:
+        return factory(**keywords)
+    except TypeError as error:
+        raise ValueError(f"model.args do not fit {name}: {error}") from error
+
+
+def construct(method: type[Method], name: str, setting: Setting, args: Mapping[str, Any]) -> Method:
+    """`method(setting, **args)`, with errors that speak of the configuration."""
+    allowed = list(inspect.signature(method.__init__).parameters.values())[2:]
+    unknown = sorted(set(args) - {p.name for p in allowed})
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in allowed):
+        names = ", ".join(p.name for p in allowed) or "none"
+        raise ValueError(f"method.args of {name} are {names}; got {', '.join(unknown)}")
+    if not isinstance(setting.encoder, method.encoder_type):
+        types = method.encoder_type
+        types = types if isinstance(types, tuple) else (types,)
+        raise ValueError(
+            f"model.name must build a {' or '.join(t.__name__ for t in types)} for method {name}, "
+            f"got a {type(setting.encoder).__name__}"
+        )
+    return method(setting, **args)
+
+
+def _timm(name: str) -> Callable[..., nn.Module]:
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError(f"model.name timm:{name} needs timm: {error}") from error
+
+    def create(**keywords: Any) -> nn.Module:
+        try:
+            return timm.create_model(name, **keywords)
+        except RuntimeError as error:
+            raise ValueError(f"model.name timm:{name}: {error}") from error
+
+    return create
+
+
+def _import(key: str, name: str, expected: str) -> Any:
+    """What `module:attribute` or `file.py:attribute` names."""
+    place, colon, attribute = name.rpartition(":")
+    if not colon:
+        raise ValueError(f"{key} must be {expected}, got {name!r}")
+    try:
+        if place.endswith(".py"):
+            path = Path(place).expanduser()
+            spec = importlib.util.spec_from_file_location(path.stem, path)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+    except (ImportError, OSError) as error:
+        raise ValueError(f"{key}: {place} cannot be imported: {error}") from error
+    if not hasattr(module, attribute):
+        raise ValueError(f"{key}: {place} has no {attribute}")
+    return getattr(module, attribute)

@@ -1,0 +1,90 @@
+"""What several methods share. B images, V views, D features."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.methods.base import Method, Setting
+from fastssl.nn.drop_path import DropPath
+from fastssl.optim import EMA
+from fastssl.optim.schedules import Schedule
+
+
+def num_features(setting: Setting) -> int:
+    """The width D of the encoder's output: its `num_features`, or what it makes of an image."""
+    encoder = setting.encoder
+    width = getattr(encoder, "num_features", None)
+    if isinstance(width, int):
+        return width
+    parameter = next(encoder.parameters())
+    images = torch.zeros(1, 3, *setting.views[0].size, device=parameter.device)
+    training = encoder.training
+    encoder.eval()
+    with torch.no_grad():
+        features = encoder(images)
+    encoder.train(training)
+    if not isinstance(features, Tensor) or features.dim() != 2:
+        came = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ValueError(
+            "model.name must build an encoder that returns a feature vector [B, D] of images "
+            f"[B, C, H, W], got {came}"
+        )
+    return features.shape[1]
+
+
+def encode(network: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> Tensor:
+    """Outputs [V * B, D], views one after the other; views of one size go through together."""
+    outputs = [
+        network(torch.cat(list(group))) for _, group in groupby(views, key=lambda v: v.shape[2:])
+    ]
+    return torch.cat(outputs)
+
+
+def check_views(setting: Setting, method: str, number: int, *, at_least: bool = False) -> None:
+    """ValueError unless a batch has this many views."""
+    if setting.num_views != number and not (at_least and setting.num_views > number):
+        few = "at least " if at_least else ""
+        raise ValueError(
+            f"views.groups must make {few}{number} views of a sample for {method}, "
+            f"got {setting.num_views}"
+        )
+
+
+class TeacherMethod(Method):
+    """A method whose `teacher` follows its `student`, a module of the same make, once per step.
+
+    A subclass builds the student and calls `make_teacher`. The teacher has no stochastic depth,
+    and batch statistics of its own.
+    """
+
+    schedules: ClassVar[Mapping[str, Schedule]] = {
+        "teacher_momentum": Schedule(0.996, final=1.0),
+    }
+    student: nn.Module
+    teacher: nn.Module
+
+    def make_teacher(self, student: nn.Module) -> None:
+        self.student = student
+        self.teacher = copy.deepcopy(student).requires_grad_(False)
+        for module in self.teacher.modules():
+            if isinstance(module, DropPath):
+                module.drop_prob = 0.0
+        self._momentum = 1.0
+        self._ema: EMA | None = None
+
+    def before_step(self, values: Mapping[str, float]) -> None:
+        super().before_step(values)
+        self._momentum = values["teacher_momentum"]
+
+    def after_step(self) -> None:
+        super().after_step()
+        if self._ema is None:
+            # Not before everything that replaces modules or parameters is done.
+            self._ema = EMA(self.teacher, self.student, buffers="keep")
+        self._ema.step(self._momentum)
