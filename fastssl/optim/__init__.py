@@ -6,6 +6,7 @@ from fastssl.optim.lamb import LAMB, build_lamb
 from fastssl.optim.lars import LARS, build_lars
 from fastssl.optim.param_groups import param_groups
 from fastssl.optim.schedules import Schedule, scale_lr
+from fastssl.optim.sgd import build_sgd
 
 __all__ = [
     "EMA",
@@ -15,6 +16,7 @@ __all__ = [
     "build_adamw",
     "build_lamb",
     "build_lars",
+    "build_sgd",
     "param_groups",
     "scale_lr",
     "set_hyperparameters",

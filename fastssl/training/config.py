@@ -91,12 +91,12 @@ class MethodConfig:
 class OptimConfig:
     name: str = option(
         "adamw",
-        "adamw; lars and lamb adapt the rate of every matrix to its norm",
-        choices=("adamw", "lars", "lamb"),
+        "adamw; sgd with momentum; lars and lamb adapt the rate of every matrix to its norm",
+        choices=("adamw", "sgd", "lars", "lamb"),
     )
     betas: list[float] = option([0.9, 0.95], "decay rates of AdamW's and LAMB's two moments")
     eps: float = option(1e-8, "AdamW's and LAMB's term in the denominator")
-    momentum: float = option(0.9, "LARS's share of the last step in the next")
+    momentum: float = option(0.9, "SGD's and LARS's share of the last step in the next")
     trust_coefficient: float = option(
         0.001, "LARS's step of a matrix / its norm, at a learning rate of 1"
     )

@@ -17,7 +17,7 @@ from fastssl.data.views import View
 from fastssl.distributed import World
 from fastssl.methods import Method, build_method, make_views, method_class
 from fastssl.nn import SyncBatchNorm
-from fastssl.optim import build_adamw, build_lamb, build_lars, scale_lr
+from fastssl.optim import build_adamw, build_lamb, build_lars, build_sgd, scale_lr
 from fastssl.training.config import Config
 
 # What may be called from outside a sharded method, besides forward.
@@ -148,6 +148,8 @@ def method_and_optimizer(
 def _optimizer(config: Config, method: Method) -> Optimizer:
     """The optimizer that config.optim names, on the method's parameters as they are sharded."""
     optim = config.optim
+    if optim.name == "sgd":
+        return build_sgd(method, momentum=optim.momentum, layer_decay=optim.layer_decay)
     if optim.name == "lars":
         return build_lars(
             method,

@@ -1,4 +1,4 @@
-"""LARS and LAMB in the trainer: chosen by name, resumed, and the same on several ranks."""
+"""SGD, LARS and LAMB in the trainer: chosen by name, resumed, and the same on several ranks."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tests.training.tiny import assert_same_tensors, saved_tensors, tiny_config
 pytestmark = pytest.mark.usefixtures("no_report")
 
 NAMES = {
+    "sgd": ["optim.name=sgd", "optim.momentum=0.8"],
     "lars": ["optim.name=lars", "optim.trust_coefficient=0.1", "optim.momentum=0.8"],
     "lamb": ["optim.name=lamb"],
 }
@@ -38,22 +39,26 @@ def test_the_configuration_reaches_the_optimizer(images, tmp_path):
         config = tiny_config(images, tmp_path, *NAMES["lars"])
         train_set, _ = setup.datasets(config)
         _, lars = setup.method_and_optimizer(config, world, train_set)
+        _, sgd = setup.method_and_optimizer(
+            tiny_config(images, tmp_path, *NAMES["sgd"]), world, train_set
+        )
         config = tiny_config(images, tmp_path, *NAMES["lamb"], "optim.betas=[0.8, 0.99]")
         _, lamb = setup.method_and_optimizer(config, world, train_set)
     assert isinstance(lars, LARS) and isinstance(lamb, LAMB)
     assert {(g["momentum"], g["trust_coefficient"]) for g in lars.param_groups} == {(0.8, 0.1)}
     assert {(g["betas"], g["eps"]) for g in lamb.param_groups} == {((0.8, 0.99), 1e-4)}
+    assert {g["momentum"] for g in sgd.param_groups} == {0.8}
     assert {g["decay"] for g in lars.param_groups} == {True, False}
 
 
 def test_mistakes_and_help(images, tmp_path):
-    with pytest.raises(ValueError, match="must be one of adamw, lars, lamb, got 'lar'"):
+    with pytest.raises(ValueError, match="must be one of adamw, sgd, lars, lamb, got 'lar'"):
         tiny_config(images, tmp_path, "optim.name=lar")
     config = tiny_config(images, tmp_path, "optim.name=lars", "optim.momentum=1.5")
     train_set, _ = setup.datasets(config)
     with distributed.session("cpu") as world, pytest.raises(ValueError, match="momentum must be"):
         setup.method_and_optimizer(config, world, train_set)
-    assert "  optim.name=adamw  [str] adamw; lars and lamb" in describe()
+    assert "  optim.name=adamw  [str] adamw; sgd with momentum; lars" in describe()
 
 
 @pytest.mark.parametrize("name", NAMES)
