@@ -5,25 +5,60 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 from fastssl.data.views import View
 from fastssl.methods.base import Method, Setting
 from fastssl.methods.build import build_encoder, construct, find_method, make_views
+from fastssl.methods.cpc import CPC
+from fastssl.methods.dino import DINO
+from fastssl.methods.dinov2 import DINOv2
 from fastssl.methods.hiera_mae import HieraMAE
+from fastssl.methods.ibot import iBOT
 from fastssl.methods.mae import MAE
+from fastssl.methods.moco import MoCo, MoCoV1
+from fastssl.methods.moco_v3 import MoCoV3
+from fastssl.methods.msn import MSN
+from fastssl.methods.npid import NPID
+from fastssl.methods.pirl import PIRL
 from fastssl.methods.simclr import SimCLR
 from fastssl.models import load_pretrained
 
-METHODS: dict[str, type[Method]] = {"mae": MAE, "hiera_mae": HieraMAE, "simclr": SimCLR}
+METHODS: dict[str, type[Method]] = {
+    "mae": MAE,
+    "hiera_mae": HieraMAE,
+    "simclr": SimCLR,
+    "moco_v1": MoCoV1,
+    "moco_v2": MoCo,
+    "moco_v3": MoCoV3,
+    "npid": NPID,
+    "pirl": PIRL,
+    "cpc": CPC,
+    "dino": DINO,
+    "ibot": iBOT,
+    "dinov2": DINOv2,
+    "msn": MSN,
+}
 
 __all__ = [
+    "CPC",
+    "DINO",
     "MAE",
     "METHODS",
+    "MSN",
+    "NPID",
+    "PIRL",
+    "DINOv2",
     "HieraMAE",
     "Method",
+    "MoCo",
+    "MoCoV1",
+    "MoCoV3",
     "Setting",
     "SimCLR",
     "build_encoder",
     "build_method",
+    "iBOT",
     "make_views",
     "method_class",
 ]
@@ -62,9 +97,7 @@ def build_method(
         ValueError: a name, a keyword or a combination that does not exist.
     """
     method = method_class(name)
-    encoder = build_encoder(
-        model, {**method.model_args, **(model_args or {})}, image_size=image_size
-    )
+    encoder = _encoder(method, model, dict(model_args or {}), image_size)
     if weights is not None:
         load_pretrained(encoder, weights)
     if grad_checkpointing:
@@ -80,3 +113,19 @@ def build_method(
         seed,
     )
     return construct(method, name, setting, args or {})
+
+
+def _encoder(
+    method: type[Method], model: str, args: dict[str, Any], image_size: int | Sequence[int]
+) -> nn.Module:
+    """The encoder, with the keywords that the method needs of it."""
+    try:
+        return build_encoder(model, {**method.model_args, **args}, image_size=image_size)
+    except ValueError:
+        if not method.model_args:
+            raise
+        # Another kind of encoder, which `construct` refuses by name, may not know those keywords.
+        encoder = build_encoder(model, args, image_size=image_size)
+        if isinstance(encoder, method.encoder_type):
+            raise
+        return encoder

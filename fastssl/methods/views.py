@@ -41,3 +41,8 @@ DINO = _multi_crop(0.05, 0.4)
 IBOT = _multi_crop(0.05, 0.25)
 # Oquab et al., 2023, arXiv:2304.07193.
 DINOV2 = _multi_crop(0.05, 0.32)
+# Assran et al., 2022, arXiv:2204.07141.
+MSN = (
+    {"number": 2, "scale": (0.3, 1.0), **_JITTER, "saturation": 0.4, "blur": 0.5},
+    {"number": 10, "size": 96, "scale": (0.05, 0.3), **_JITTER, "saturation": 0.4, "blur": 0.5},
+)

@@ -1,5 +1,7 @@
 """Methods and encoders by name, of the library and of a user."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -90,18 +92,23 @@ def test_an_encoder_that_makes_maps_is_refused():
 
 
 def test_timm_is_asked_for_by_name(monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ValueError, match="model.name timm:resnet18 needs timm"):
+    with pytest.raises(ValueError, match=r"model.name timm:resnet18 needs timm"):
         build_encoder("timm:resnet18")
 
 
 def test_grad_checkpointing_needs_blocks():
-    with pytest.raises(ValueError, match="train.grad_checkpointing"):
-        build_method(
-            "simclr", model="tests.methods.checks:TinyEncoder", grad_checkpointing=True
-        )
+    with pytest.raises(ValueError, match=r"train.grad_checkpointing"):
+        build_method("simclr", model="tests.methods.checks:TinyEncoder", grad_checkpointing=True)
+
+
+def test_the_wrong_kind_of_encoder_is_named():
+    with pytest.raises(
+        ValueError, match=r"a VisionTransformer for method ibot, got a ResNet"
+    ):
+        build_method("ibot", model="resnet18")
+    with pytest.raises(ValueError, match=r"model.args do not fit vit_tiny: .*'deph'"):
+        build_method("ibot", model="vit_tiny", model_args={"deph": 2})
 
 
 def test_views_of_one_size_go_through_together():
