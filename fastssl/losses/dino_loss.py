@@ -77,7 +77,11 @@ class DINOLoss(CenteredLoss):
         self.ncrops = ncrops
         self.student_temp = student_temp
         warmup = torch.linspace(
-            warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, dtype=torch.float64
+            warmup_teacher_temp,
+            teacher_temp,
+            warmup_teacher_temp_epochs,
+            dtype=torch.float64,
+            device="cpu",
         )
         constant = [teacher_temp] * (nepochs - warmup_teacher_temp_epochs)
         self.teacher_temp_schedule = [*warmup.tolist(), *constant]

@@ -129,7 +129,12 @@ class SchedulesConfig:
 class TrainConfig:
     steps: int = option(1000, "optimizer steps of the whole run")
     global_batch_size: int = option(256, "images of one optimizer step, over all ranks")
-    accumulation: int = option(1, "micro-batches of one optimizer step, per rank")
+    device_batch_size: int | None = option(
+        None, "images of one forward on one device; null: as accumulation says"
+    )
+    accumulation: int = option(
+        1, "micro-batches of one optimizer step, per rank; where device_batch_size is null"
+    )
     precision: str = option("fp32", "bf16: autocast, parameters in fp32", choices=("fp32", "bf16"))
     compile: bool = option(False, "torch.compile the method")
     grad_checkpointing: bool = option(
@@ -332,6 +337,9 @@ def check(config: Config) -> None:
     at_least_one = {
         "train.global_batch_size": train.global_batch_size,
         "train.accumulation": train.accumulation,
+        "train.device_batch_size": (
+            1 if train.device_batch_size is None else train.device_batch_size
+        ),
         "train.max_bad_steps": train.max_bad_steps,
         "log.every": config.log.every,
         "checkpoint.keep": config.checkpoint.keep,
@@ -363,6 +371,11 @@ def check(config: Config) -> None:
     ):
         if value is not None and not 0 < value[0] <= value[1]:
             raise ValueError(f"{name} must be [min, max] with 0 < min <= max, got {value}")
+    if train.device_batch_size is not None and train.accumulation != 1:
+        raise ValueError(
+            "train.accumulation must be left out where train.device_batch_size is given, got "
+            f"{train.accumulation} and {train.device_batch_size}"
+        )
     groups = [] if views.groups is None else views.groups
     if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
         raise ValueError(f"views.groups must be a list of groups of keys, got {groups!r}")

@@ -61,7 +61,7 @@ class Run:
 
     def __init__(self, config: Config, world: World, resume: bool) -> None:
         self.config, self.world = config, world
-        setup.micro_batch_size(config, world)
+        self.accumulation = setup.accumulation(config, world)
         self.train_set, self.eval_sets = setup.datasets(config)
         self.method, self.optimizer = setup.method_and_optimizer(config, world, self.train_set)
         self.example = setup.example_batch(config, self.train_set, self.eval_sets, world.device)
@@ -87,7 +87,7 @@ class Run:
 
     def train_step(self) -> None:
         """One optimizer step on the next global batch; none where its gradient is not finite."""
-        method, accumulation = self.method, self.config.train.accumulation
+        method, accumulation = self.method, self.accumulation
         values = setup.scheduled(self.config, self.step)
         set_hyperparameters(
             self.optimizer,

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastssl.distributed import World
 from fastssl.training.config import Config
-from fastssl.training.setup import micro_batch_size, scheduled
+from fastssl.training.setup import accumulation, micro_batch_size, scheduled
 
 _SCORES = {"knn": "k-NN", "linear": "linear probe"}
 
@@ -27,8 +27,9 @@ def introduction(config: Config, world: World, method: nn.Module, data: str, ste
         [
             f"{config.method.name} with {config.model.name}, {millions:.2f} M parameters",
             data,
-            f"global batch {train.global_batch_size} = {world.size} ranks x {train.accumulation} "
-            f"micro-batches x {micro_batch} images, {train.precision} on {world.device.type}",
+            f"global batch {train.global_batch_size} = {world.size} ranks x "
+            f"{accumulation(config, world)} micro-batches x {micro_batch} images a device, "
+            f"{train.precision} on {world.device.type}",
             f"{start}, {train.steps} steps in all; learning rate after the warm-up "
             f"{scheduled(config, warm)['lr']:.2e}",
         ]

@@ -68,7 +68,7 @@ def loader(config: Config, train_set: PretrainingCrops, world: World, start_step
         start_step=start_step,
         rank=world.rank,
         world_size=world.size,
-        accumulation=config.train.accumulation,
+        accumulation=accumulation(config, world),
         num_workers=config.loader.num_workers,
         device=world.device,
         seed=config.seed,
@@ -88,15 +88,27 @@ def example_batch(
     return next(iter(Loader(dataset, [request], device=device)))
 
 
-def micro_batch_size(config: Config, world: World) -> int:
-    """Images of one forward: ranks * accumulation of them make up the global batch."""
-    parts = world.size * config.train.accumulation
-    if config.train.global_batch_size % parts:
+def accumulation(config: Config, world: World) -> int:
+    """Micro-batches of one optimizer step, per rank: all ranks' make up the global batch."""
+    train = config.train
+    if train.device_batch_size is None:
+        parts = train.accumulation
+        rule = f"train.accumulation = {world.size} x {parts}"
+    else:
+        parts, rest = divmod(train.global_batch_size, world.size * train.device_batch_size)
+        rule = f"train.device_batch_size = {world.size} x {train.device_batch_size}"
+        parts = 0 if rest else parts
+    if not parts or train.global_batch_size % (world.size * parts):
         raise ValueError(
-            f"train.global_batch_size must be a multiple of ranks x train.accumulation = "
-            f"{world.size} x {config.train.accumulation}, got {config.train.global_batch_size}"
+            f"train.global_batch_size must be a multiple of ranks x {rule}, "
+            f"got {train.global_batch_size}"
         )
-    return config.train.global_batch_size // parts
+    return parts
+
+
+def micro_batch_size(config: Config, world: World) -> int:
+    """Images of one forward on one device."""
+    return config.train.global_batch_size // (world.size * accumulation(config, world))
 
 
 def position(config: Config, train_set: PretrainingCrops) -> dict[str, int]:

@@ -166,6 +166,7 @@ def test_the_model_of_every_recipe_can_be_built(name):
             image_size=config.views.image_size,
             args=config.method.args,
             views=kinds_of_views(config),
+            num_samples=2**14,
         )
     assert sum(p.numel() for p in method.parameters()) > 1e5
 

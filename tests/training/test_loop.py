@@ -417,3 +417,32 @@ def test_compiled_training_agrees_with_eager(images, tmp_path, uninterrupted):
     folder = train(tiny_config(images, tmp_path, "train.compile=true", "eval.every=3"))
     for ours, theirs in zip(trained(folder), trained(uninterrupted), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_device_batch_size_is_an_accumulation(images, tmp_path, capsys):
+    config = tiny_config(images, tmp_path, "train.steps=2", "train.device_batch_size=2")
+    folder = train(config)
+    assert (
+        "global batch 8 = 1 ranks x 4 micro-batches x 2 images a device" in capsys.readouterr().out
+    )
+    got = saved_tensors(checkpoint.complete(folder / "checkpoints")[-1])
+    train(tiny_config(images, tmp_path, "train.steps=2", "train.accumulation=4", "overwrite=true"))
+    assert_same_tensors(got, saved_tensors(checkpoint.complete(folder / "checkpoints")[-1]))
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("train.device_batch_size=3", "multiple of ranks x train.device_batch_size = 1 x 3, got 8"),
+        ("train.device_batch_size=16", "train.device_batch_size = 1 x 16, got 8"),
+        ("train.accumulation=3", "multiple of ranks x train.accumulation = 1 x 3, got 8"),
+    ],
+)
+def test_batch_sizes_that_do_not_fit_are_named(images, tmp_path, override, message):
+    with pytest.raises(ValueError, match=message):
+        train(tiny_config(images, tmp_path, override))
+
+
+def test_accumulation_and_device_batch_size_exclude_each_other(images, tmp_path):
+    with pytest.raises(ValueError, match=r"train.accumulation must be left out"):
+        tiny_config(images, tmp_path, "train.device_batch_size=2", "train.accumulation=2")
