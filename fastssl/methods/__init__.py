@@ -10,17 +10,22 @@ from torch import nn
 from fastssl.data.views import View
 from fastssl.methods.base import Method, Setting
 from fastssl.methods.build import build_encoder, construct, find_method, make_views
+from fastssl.methods.context_prediction import ContextPrediction
 from fastssl.methods.cpc import CPC
+from fastssl.methods.data2vec import Data2Vec
 from fastssl.methods.dino import DINO
 from fastssl.methods.dinov2 import DINOv2
+from fastssl.methods.exemplar import Exemplar
 from fastssl.methods.hiera_mae import HieraMAE
 from fastssl.methods.ibot import iBOT
+from fastssl.methods.ijepa import IJEPA
 from fastssl.methods.mae import MAE
 from fastssl.methods.moco import MoCo, MoCoV1
 from fastssl.methods.moco_v3 import MoCoV3
 from fastssl.methods.msn import MSN
 from fastssl.methods.npid import NPID
 from fastssl.methods.pirl import PIRL
+from fastssl.methods.rotation import Rotation
 from fastssl.methods.simclr import SimCLR
 from fastssl.models import load_pretrained
 
@@ -38,22 +43,32 @@ METHODS: dict[str, type[Method]] = {
     "ibot": iBOT,
     "dinov2": DINOv2,
     "msn": MSN,
+    "ijepa": IJEPA,
+    "data2vec": Data2Vec,
+    "rotation": Rotation,
+    "context_prediction": ContextPrediction,
+    "exemplar": Exemplar,
 }
 
 __all__ = [
     "CPC",
     "DINO",
+    "IJEPA",
     "MAE",
     "METHODS",
     "MSN",
     "NPID",
     "PIRL",
+    "ContextPrediction",
     "DINOv2",
+    "Data2Vec",
+    "Exemplar",
     "HieraMAE",
     "Method",
     "MoCo",
     "MoCoV1",
     "MoCoV3",
+    "Rotation",
     "Setting",
     "SimCLR",
     "build_encoder",

@@ -40,7 +40,7 @@ def find_method(name: str, known: Mapping[str, type[Method]]) -> type[Method]:
     """The method called so, or the class `path/to/file.py:Class` or `package.module:Class`."""
     if name in known:
         return known[name]
-    found = _import("method.name", name, f"one of {', '.join(known)}, or file.py:Class")
+    found = import_named("method.name", name, f"one of {', '.join(known)}, or file.py:Class")
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ValueError(f"method.name must be a class derived from Method, got {name!r}")
     return found
@@ -95,7 +95,7 @@ def build_encoder(
     if name.startswith("timm:"):
         factory, keywords = _timm(name.removeprefix("timm:")), {"num_classes": 0} | keywords
     elif ":" in name:
-        factory = _import("model.name", name, "file.py:factory")
+        factory = import_named("model.name", name, "file.py:factory")
     elif name in models.FACTORIES:
         factory = getattr(models, name)
         if name.startswith(_CLASSIFIERS):
@@ -145,7 +145,7 @@ def _timm(name: str) -> Callable[..., nn.Module]:
     return create
 
 
-def _import(key: str, name: str, expected: str) -> Any:
+def import_named(key: str, name: str, expected: str) -> Any:
     """What `module:attribute` or `file.py:attribute` names."""
     place, colon, attribute = name.rpartition(":")
     if not colon:

@@ -2,8 +2,8 @@
 
 B images, N patches, p pixels of a patch in all channels, k components. Each target is a module:
 `num_outputs` numbers are predicted of a patch, `target(model, images, pred, mask)` is the loss of
-pred [B, N, num_outputs] where mask [B, N] is 1, and `target.patches(pred)` are the patches [B, N, p]
-that a prediction stands for, None if there are none.
+pred [B, N, num_outputs] where mask [B, N] is 1, and `target.patches(pred)` are the patches
+[B, N, p] that a prediction stands for, None if there are none.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastssl.kernels.common import collectives
 from fastssl.kernels.common.checks import check_int
-from fastssl.methods.build import _import
+from fastssl.methods.build import import_named
 from fastssl.models import MaskedAutoencoderViT
 from fastssl.nn import Linear
 
@@ -137,8 +137,8 @@ class PCATarget(nn.Module):
 @torch.no_grad()
 @torch.autocast("cpu", enabled=False)
 def principal_components(x: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """Mean [p] and the first components [p, number], of length 1, of the rows x [n, p] of all ranks:
-    float64, on the CPU. A component's largest entry is positive."""
+    """Mean [p] and first components [p, number] of the rows x [n, p] of all ranks: float64, on the
+    CPU. Components have length 1, and their largest entry is positive."""
     x = x.detach().double()
     with torch.autocast(x.device.type, enabled=False):
         sums = torch.cat([x.sum(0), (x.T @ x).flatten(), x.new_tensor([len(x)])])
@@ -163,7 +163,7 @@ class TokenTarget(nn.Module):
         check_int("method.args.num_tokens", num_tokens, 2)
         expected = "file.py:factory of a module [B, C, H, W] -> [B, N]"
         if isinstance(tokenizer, str):
-            tokenizer = _import("method.args.tokenizer", tokenizer, expected)()
+            tokenizer = import_named("method.args.tokenizer", tokenizer, expected)()
         if not isinstance(tokenizer, nn.Module):
             raise ValueError(f"method.args.tokenizer must be {expected}, got {tokenizer!r}")
         self.num_outputs = num_tokens
