@@ -17,7 +17,7 @@ FLOORS = [
     ["fastssl.methods"],
     ["fastssl.evaluation"],
     ["fastssl.training"],
-    ["fastssl.cli", "fastssl.info"],
+    ["fastssl.cli", "fastssl.cli_embed", "fastssl.cli_eval", "fastssl.info"],
 ]
 
 

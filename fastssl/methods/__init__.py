@@ -8,11 +8,14 @@ from typing import Any
 from torch import nn
 
 from fastssl.data.views import View
+from fastssl.methods.barlow_twins import BarlowTwins
 from fastssl.methods.base import Method, Setting
 from fastssl.methods.build import build_encoder, construct, find_method, make_views
+from fastssl.methods.byol import BYOL
 from fastssl.methods.context_prediction import ContextPrediction
 from fastssl.methods.cpc import CPC
 from fastssl.methods.data2vec import Data2Vec
+from fastssl.methods.deepcluster_v2 import DeepClusterV2
 from fastssl.methods.dino import DINO
 from fastssl.methods.dinov2 import DINOv2
 from fastssl.methods.exemplar import Exemplar
@@ -26,7 +29,11 @@ from fastssl.methods.msn import MSN
 from fastssl.methods.npid import NPID
 from fastssl.methods.pirl import PIRL
 from fastssl.methods.rotation import Rotation
+from fastssl.methods.sela import SeLA
 from fastssl.methods.simclr import SimCLR
+from fastssl.methods.simsiam import SimSiam
+from fastssl.methods.swav import SwAV
+from fastssl.methods.vicreg import VICReg
 from fastssl.models import load_pretrained
 
 METHODS: dict[str, type[Method]] = {
@@ -39,18 +46,26 @@ METHODS: dict[str, type[Method]] = {
     "npid": NPID,
     "pirl": PIRL,
     "cpc": CPC,
+    "swav": SwAV,
+    "deepcluster_v2": DeepClusterV2,
+    "sela": SeLA,
+    "byol": BYOL,
+    "simsiam": SimSiam,
     "dino": DINO,
     "ibot": iBOT,
     "dinov2": DINOv2,
     "msn": MSN,
     "ijepa": IJEPA,
     "data2vec": Data2Vec,
+    "barlow_twins": BarlowTwins,
+    "vicreg": VICReg,
     "rotation": Rotation,
     "context_prediction": ContextPrediction,
     "exemplar": Exemplar,
 }
 
 __all__ = [
+    "BYOL",
     "CPC",
     "DINO",
     "IJEPA",
@@ -59,9 +74,11 @@ __all__ = [
     "MSN",
     "NPID",
     "PIRL",
+    "BarlowTwins",
     "ContextPrediction",
     "DINOv2",
     "Data2Vec",
+    "DeepClusterV2",
     "Exemplar",
     "HieraMAE",
     "Method",
@@ -69,8 +86,12 @@ __all__ = [
     "MoCoV1",
     "MoCoV3",
     "Rotation",
+    "SeLA",
     "Setting",
     "SimCLR",
+    "SimSiam",
+    "SwAV",
+    "VICReg",
     "build_encoder",
     "build_method",
     "iBOT",

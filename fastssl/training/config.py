@@ -135,7 +135,12 @@ class TrainConfig:
     accumulation: int = option(
         1, "micro-batches of one optimizer step, per rank; where device_batch_size is null"
     )
-    precision: str = option("fp32", "bf16: autocast, parameters in fp32", choices=("fp32", "bf16"))
+    precision: str = option(
+        "fp32",
+        "bf16: autocast, parameters in fp32; auto: bf16 on what multiplies in it: CUDA and "
+        "CPUs with AMX or AVX-512 BF16",
+        choices=("fp32", "bf16", "auto"),
+    )
     compile: bool = option(False, "torch.compile the method")
     grad_checkpointing: bool = option(
         False, "keep each block's input only and compute the rest again in backward"

@@ -241,8 +241,9 @@ class Run:
             return self.method.features(images)
 
     def _autocast(self) -> AbstractContextManager:
-        enabled = self.config.train.precision == "bf16"
-        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=enabled)
+        device = self.world.device
+        enabled = setup.uses_bf16(self.config, device)
+        return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
     def _clip_gradient(self) -> Tensor:
         """The norm of the whole gradient over all ranks, as it was before clipping."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastssl.distributed import World
 from fastssl.training.config import Config
-from fastssl.training.setup import accumulation, micro_batch_size, scheduled
+from fastssl.training.setup import accumulation, micro_batch_size, scheduled, uses_bf16
 
 _SCORES = {"knn": "k-NN", "linear": "linear probe"}
 
@@ -29,7 +29,7 @@ def introduction(config: Config, world: World, method: nn.Module, data: str, ste
             data,
             f"global batch {train.global_batch_size} = {world.size} ranks x "
             f"{accumulation(config, world)} micro-batches x {micro_batch} images a device, "
-            f"{train.precision} on {world.device.type}",
+            f"{'bf16' if uses_bf16(config, world.device) else 'fp32'} on {world.device.type}",
             f"{start}, {train.steps} steps in all; learning rate after the warm-up "
             f"{scheduled(config, warm)['lr']:.2e}",
         ]

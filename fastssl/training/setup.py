@@ -88,6 +88,15 @@ def example_batch(
     return next(iter(Loader(dataset, [request], device=device)))
 
 
+def uses_bf16(config: Config, device: torch.device) -> bool:
+    """Whether the run computes under bf16 autocast; without hardware for it that is slow."""
+    if config.train.precision != "auto":
+        return config.train.precision == "bf16"
+    if device.type == "cpu":
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.cuda.is_bf16_supported()
+
+
 def accumulation(config: Config, world: World) -> int:
     """Micro-batches of one optimizer step, per rank: all ranks' make up the global batch."""
     train = config.train

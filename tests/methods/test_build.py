@@ -103,9 +103,7 @@ def test_grad_checkpointing_needs_blocks():
 
 
 def test_the_wrong_kind_of_encoder_is_named():
-    with pytest.raises(
-        ValueError, match=r"a VisionTransformer for method ibot, got a ResNet"
-    ):
+    with pytest.raises(ValueError, match=r"a VisionTransformer for method ibot, got a ResNet"):
         build_method("ibot", model="resnet18")
     with pytest.raises(ValueError, match=r"model.args do not fit vit_tiny: .*'deph'"):
         build_method("ibot", model="vit_tiny", model_args={"deph": 2})

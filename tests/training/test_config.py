@@ -58,7 +58,7 @@ def test_optional_group_appears_with_its_first_key(recipe):
         ("optim.clip_grad=x", ["optim.clip_grad must be float | null", "'x' (str)"]),
         ("model.args=3", ["model.args must be dict[str, Any]", "3 (int)"]),
         ("train=3", ["train must be a group of keys (steps, ", "got 3"]),
-        ("train.precision=fp16", ["train.precision must be one of fp32, bf16", "'fp16'"]),
+        ("train.precision=fp16", ["train.precision must be one of fp32, bf16, auto", "'fp16'"]),
         ("train.precision=b16", ["nearest is bf16"]),
         ("schedules.lr.kind=cosin", ["schedules.lr.kind must be one of", "nearest is cosine"]),
         ("train.steps", ["must look like key.sub=value", "'train.steps'"]),

@@ -1,0 +1,44 @@
+"""The handwritten digits that the wheel of scikit-learn carries: labelled images offline."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+_FILE = Path("datasets", "data", "digits.csv.gz")
+
+
+class Digits:
+    """1797 grey images, 8 x 8, as RGB; `labels` [1797] int64.
+
+    The package is not imported, and nothing is downloaded. ImportError where it is missing.
+    """
+
+    def __init__(self) -> None:
+        self.skipped: dict[str, str] = {}
+        spec = importlib.util.find_spec("sklearn")
+        folder = Path() if spec is None else Path(next(iter(spec.submodule_search_locations)))
+        if spec is None or not (folder / _FILE).is_file():
+            raise ImportError(
+                "data=digits needs the digits of scikit-learn: pip install 'fastssl[photos]'"
+            )
+        with gzip.open(folder / _FILE, "rt") as file:
+            rows = np.loadtxt(file, delimiter=",")
+        # Grey values are 0 to 16.
+        grey = np.round(rows[:, :-1] * (255 / 16)).astype(np.uint8)
+        self._pixels = grey.reshape(-1, 8, 8)
+        self.labels = torch.from_numpy(rows[:, -1].astype(np.int64))
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def path(self, position: int) -> str:
+        return f"digits/{position}"
+
+    def read(self, position: int) -> Image.Image:
+        return Image.fromarray(self._pixels[position]).convert("RGB")
