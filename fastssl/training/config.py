@@ -277,7 +277,8 @@ def load(recipe: str = DEFAULT_RECIPE, overrides: Sequence[str] = ()) -> Config:
             values = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
         except Exception as error:
             raise ValueError(f"{override!r} has a value that YAML cannot read: {error}") from error
-        _update(config, values)
+        # `model.args={a: 1}` are all of the arguments, `model.args.a=1` is one more.
+        _update(config, values, merge=name not in _KEYS)
     try:
         result = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
@@ -286,7 +287,7 @@ def load(recipe: str = DEFAULT_RECIPE, overrides: Sequence[str] = ()) -> Config:
     return result
 
 
-def _update(config: DictConfig, values: dict, prefix: str = "") -> None:
+def _update(config: DictConfig, values: dict, prefix: str = "", merge: bool = False) -> None:
     for name, value in values.items():
         key = _KEYS.get(f"{prefix}{name}")
         if key is None:
@@ -294,11 +295,11 @@ def _update(config: DictConfig, values: dict, prefix: str = "") -> None:
                 f"unknown key {prefix}{name}; the nearest is {nearest(f'{prefix}{name}', [*_KEYS])}"
             )
         if key.group is None:
-            _set(config, key, value)
+            _set(config, key, value, merge)
         elif isinstance(value, dict):
             if OmegaConf.select(config, key.name) is None:
                 OmegaConf.update(config, key.name, key.group())
-            _update(config, value, f"{key.name}.")
+            _update(config, value, f"{key.name}.", merge)
         elif value is None and key.optional:
             OmegaConf.update(config, key.name, None)
         else:
@@ -306,9 +307,9 @@ def _update(config: DictConfig, values: dict, prefix: str = "") -> None:
             raise ValueError(f"{key.name} must be a group of keys ({inside}), got {value!r}")
 
 
-def _set(config: DictConfig, key: Key, value: Any) -> None:
+def _set(config: DictConfig, key: Key, value: Any, merge: bool) -> None:
     try:
-        OmegaConf.update(config, key.name, value, merge=isinstance(value, dict))
+        OmegaConf.update(config, key.name, value, merge=merge and isinstance(value, dict))
     except OmegaConfBaseException:
         raise ValueError(
             f"{key.name} must be {key.type}, got {value!r} ({type(value).__name__})"

@@ -202,3 +202,14 @@ def test_configurations_share_nothing():
 def test_a_configuration_made_in_python_is_checked():
     with pytest.raises(ValueError, match="name must be the name of a folder"):
         check(Config())
+
+
+def test_arguments_are_added_one_by_one_or_replaced_as_a_whole():
+    before = load("photos_simclr").method.args
+    assert len(before) > 1
+    added = load("photos_simclr", ["method.args.temperature=0.7"])
+    assert added.method.args == before | {"temperature": 0.7}
+    replaced = load("photos_simclr", ["method.args={temperature: 0.7}"])
+    assert replaced.method.args == {"temperature": 0.7}
+    other = load("photos_simclr", ["method={name: byol, args: {}}", "model.args={}"])
+    assert (other.method.name, other.method.args, other.model.args) == ("byol", {}, {})
