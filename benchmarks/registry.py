@@ -129,6 +129,7 @@ def all_cases(quick: bool = False) -> list[Case]:
         cases_attention,
         cases_contrastive,
         cases_dino,
+        cases_distillation,
         cases_gram,
         cases_masking,
         cases_mlp,
@@ -142,7 +143,7 @@ def all_cases(quick: bool = False) -> list[Case]:
 
     modules = (cases_masking, cases_dino, cases_sinkhorn, cases_contrastive, cases_gram)
     modules = (*modules, cases_optim, cases_attention, cases_pool, cases_mlp, cases_norm)
-    modules = (*modules, cases_steps, cases_throughput)
+    modules = (*modules, cases_steps, cases_distillation, cases_throughput)
     return [case for module in modules for case in module.cases(quick)]
 
 

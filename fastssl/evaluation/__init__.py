@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastssl.data.crops import EvaluationCrops
+from fastssl.data.loader import CropsDataset
 from fastssl.evaluation.features import extract_features
 from fastssl.evaluation.finetune import FineTuneOptions, fine_tune
 from fastssl.evaluation.knn import knn_accuracies, knn_accuracy
@@ -55,8 +55,8 @@ __all__ = [
 
 def evaluate(
     features_fn: Callable[[Tensor], Tensor],
-    eval_train: EvaluationCrops,
-    eval_test: EvaluationCrops,
+    eval_train: CropsDataset,
+    eval_test: CropsDataset,
     *,
     batch_size: int = 256,
     device: torch.device | str = "cpu",

@@ -156,8 +156,13 @@ class TrainConfig:
 
 @dataclass
 class EvalConfig:
+    data: str | None = option(
+        None,
+        "labelled images to judge by: a folder of class folders, or digits; null: the pictures of "
+        "data, of which the right halves are held out",
+    )
     every: int = option(0, "steps between evaluations; 0: only before and after")
-    batch_size: int = option(256, "images of one forward, per rank")
+    batch_size: int = option(256, "images of one forward, on all ranks together")
     scale: list[float] = option([0.2, 0.5], "as views.scale, for the crops of the evaluation")
     crops: int = option(32, "crops of each half of an evaluated picture")
     max_images: int = option(200, "pictures in the evaluation; 0: none")

@@ -39,7 +39,7 @@ def introduction(config: Config, world: World, method: nn.Module, data: str, ste
 def scores(step: int, values: dict[str, float]) -> str:
     """One evaluation in a line."""
     parts = [f"{name} {values[key]:.1f} %" for key, name in _SCORES.items()]
-    return f"step {step}: frozen features, held-out crops: {', '.join(parts)}"
+    return f"step {step}: frozen features, held-out images: {', '.join(parts)}"
 
 
 def non_finite(

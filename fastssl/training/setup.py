@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 
 from fastssl import distributed
 from fastssl.data import Batch, build_datasets
-from fastssl.data.crops import EvaluationCrops, PretrainingCrops, Request
-from fastssl.data.loader import Loader, build_loader, num_samples, steps_per_epoch
+from fastssl.data.crops import PretrainingCrops, Request
+from fastssl.data.labelled import build_labelled
+from fastssl.data.loader import CropsDataset, Loader, build_loader, num_samples, steps_per_epoch
 from fastssl.data.views import View
 from fastssl.distributed import World
 from fastssl.methods import Method, build_method, make_views, method_class
@@ -28,13 +29,14 @@ _OF_THE_OPTIMIZER = ("lr", "weight_decay", "last_layer_lr")
 
 def datasets(
     config: Config,
-) -> tuple[PretrainingCrops, tuple[EvaluationCrops, EvaluationCrops] | None]:
+) -> tuple[PretrainingCrops, tuple[CropsDataset, CropsDataset] | None]:
     """The pretraining set, and the two of the evaluation if there is one."""
     views, judged = config.views, config.eval
     size = views.image_size
-    return build_datasets(
+    size = tuple(size) if isinstance(size, list) else size
+    train_set, halves = build_datasets(
         config.data,
-        image_size=tuple(size) if isinstance(size, list) else size,
+        image_size=size,
         views=kinds_of_views(config),
         seed=config.seed,
         region=None if views.region is None else tuple(views.region),
@@ -43,8 +45,14 @@ def datasets(
         std=tuple(views.std),
         eval_scale=tuple(judged.scale),
         eval_crops=judged.crops,
-        max_eval_images=judged.max_images,
+        max_eval_images=0 if judged.data else judged.max_images,
     )
+    if judged.data is None:
+        return train_set, halves
+    labelled = build_labelled(
+        judged.data, image_size=size, mean=views.mean, std=views.std, seed=config.seed
+    )
+    return train_set, labelled
 
 
 def kinds_of_views(config: Config) -> tuple[View, ...]:
@@ -78,7 +86,7 @@ def loader(config: Config, train_set: PretrainingCrops, world: World, start_step
 def example_batch(
     config: Config,
     train_set: PretrainingCrops,
-    eval_sets: tuple[EvaluationCrops, EvaluationCrops] | None,
+    eval_sets: tuple[CropsDataset, CropsDataset] | None,
     device: torch.device,
 ) -> Batch:
     """Crops to show reconstructed: held-out ones, evenly spaced, if there are any."""

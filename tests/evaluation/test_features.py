@@ -79,3 +79,16 @@ def test_feature_std():
     assert feature_std(spread * 1000) == pytest.approx(feature_std(spread))
     assert feature_std(torch.ones(50, 16)) == pytest.approx(0, abs=1e-9)
     assert feature_std(torch.ones(50, 16) + 0.01 * spread[:50]) < 0.02
+
+
+def extracted(dataset, batch_size):
+    return extract_features(colour_features, dataset, batch_size)
+
+
+@pytest.mark.parametrize("batch_size", [7, 1, 100])
+def test_ranks_share_a_dataset(gloo_pool, halves, batch_size):
+    """Also where one has no share of a batch."""
+    features, labels = extracted(halves[0], batch_size)
+    for others, other_labels in gloo_pool.run(extracted, 2, halves[0], batch_size):
+        torch.testing.assert_close(others, features)
+        assert torch.equal(other_labels, labels)

@@ -107,7 +107,7 @@ def test_against_float64(shape, dtype, backend, poisoned_memory):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", [p for p in BACKENDS if p.values[0] == "cuda"])
+@pytest.mark.parametrize("backend", ["cuda"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", CLUSTER_SHAPES, ids=str)
 def test_every_kind_of_cluster(shape, dtype, backend, poisoned_memory):

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastssl.training import checkpoint, loop
+from fastssl.training import checkpoint, loop, setup
 from fastssl.training.config import load
 from fastssl.training.loop import Run, train
 from fastssl.training.watch import NonFiniteError
 from tests.training.tiny import (
     HIERA,
     assert_same_tensors,
+    make_images,
     saved_tensors,
     tiny_config,
 )
@@ -446,3 +447,16 @@ def test_batch_sizes_that_do_not_fit_are_named(images, tmp_path, override, messa
 def test_accumulation_and_device_batch_size_exclude_each_other(images, tmp_path):
     with pytest.raises(ValueError, match=r"train.accumulation must be left out"):
         tiny_config(images, tmp_path, "train.device_batch_size=2", "train.accumulation=2")
+
+
+def test_labelled_images_judge_where_they_are_named(images, tmp_path):
+    labelled = tmp_path / "labelled"
+    for label in "ab":
+        make_images(labelled / label, 5)
+    config = tiny_config(images, tmp_path, "train.steps=2", f"eval.data={labelled}")
+    folder = train(config)
+    train_set, (learn, test) = setup.datasets(config)
+    assert not train_set.held_out and (len(learn), len(test)) == (8, 2)
+    evals = lines_of(folder, "eval")
+    assert [line["step"] for line in evals] == [0, 2]
+    assert all(0 <= line["knn"] <= 100 for line in evals)
