@@ -152,7 +152,7 @@ class Published(nn.Module):
 
     @torch.no_grad()
     def _move(self, center: Tensor, targets: Tensor) -> None:
-        mean = targets.sum(dim=0) / len(targets)
+        mean = targets.sum(dim=0) / max(len(targets), 1)  # of no masked patch 0
         center.copy_(center * CENTER_MOMENTUM + mean * (1 - CENTER_MOMENTUM))
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import measure, report, runner
 from benchmarks.__main__ import main
+from benchmarks.published_distillation import Published
 from benchmarks.registry import FORWARD, FORWARD_BACKWARD, Case, all_cases, op_case, select
 from fastssl.kernels.common.dispatch import OPS
 
@@ -26,6 +27,7 @@ def test_listing_names_every_case_once(capsys):
     assert len(names) == len(set(names))
     bases = {name.split("/")[0] for name in names}
     assert {"mae_vit_base_step", "mae_hiera_tiny_step", "masked_patch_embed"} <= bases
+    assert {"dino_vit_small", "ibot_vit_small", "ibot_vit_small_step"} <= bases
     assert {case.op for case in all_cases()} - {None} <= OPS.keys()
 
 
@@ -70,6 +72,25 @@ def test_a_quick_training_step_runs_beside_transformers():
     assert row["images_per_s"].keys() == {"transformers", "fastssl"}
     assert row["ratios"].keys() == {"eager"}
     assert 0 < row["flops"]["fastssl"] < row["flops"]["transformers"]
+
+
+@pytest.mark.parametrize("method", ["dino", "ibot"])
+def test_a_quick_step_of_self_distillation_runs_beside_the_published_one(method):
+    (case,) = select([f"{method}_vit_small_step"], quick=True)
+    row = runner.run_case(case, CPU, quick=True)
+    assert row.keys() == FIELDS | {"images_per_s"}
+    assert row["images_per_s"].keys() == {"as published", "fastssl"}
+    assert row["ratios"].keys() == {"eager"}
+    assert all(flops > 0 for flops in row["flops"].values())
+
+
+@pytest.mark.parametrize("part", ["_move", "after_step", "_patch_loss"])
+def test_a_part_of_a_published_step_that_is_left_out_is_noticed(monkeypatch, part):
+    monkeypatch.setattr(Published, part, lambda *_: 0.0)
+    torch.manual_seed(runner.SEED)
+    (case,) = select(["ibot_vit_small_step"], quick=True)
+    with pytest.raises(runner.Disagreement, match="result . of fastssl differs"):
+        runner.check_agreement(case, case.contenders(CPU), case.make_inputs(CPU))
 
 
 def wrong_case(offset: float) -> Case:
@@ -168,6 +189,11 @@ def test_table_from_rows():
         "| `op/float32` forward | B=64 | cpp | 1 (0.9, 1.25) | 4.00x | 3.00x |  | 80% | 0.1, 2.5 |"
     ) in text
     assert "| `mae_step/step` | B=64, float32 | 12 | 8 | 1.50x | 16 |  |  | 25% |" in text
+    assert "| images/s eager | transformers | ratio |" in text
+    speed = {"as published": 6.0, "fastssl": 12.0}
+    text = report.table([make_step_row(), make_step_row() | {"images_per_s": speed}])
+    assert "| images/s eager | transformers or as published | ratio |" in text
+    assert "| B=64, float32 | 12 | 6 | 1.50x |  |  |  | 25% |" in text
     assert report.table([]) == ""
     other = make_row("op/float32", machine={"cpu": "B", "cores": 4, "threads": 4, "gpu": "A GPU"})
     assert report.table([make_row("op/float32"), other]).count("commit abc") == 2
