@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.methods.checks import TINY_VIT, Case, check_features, check_gradients
+from tests.methods.checks import Case, check_features, check_gradients
 
 ENCODERS = {
     "hiera": ("Hiera", {"embed_dim": 8, "stages": [1, 1, 1], "q_pool": 2}, 64),
