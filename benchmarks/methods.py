@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def run_method(method: str, seed: int) -> Row:
         "steps": train[-1]["step"],
         "before": {name: evals[0][name] for name in MEASURES},
         "after": {name: evals[-1][name] for name in MEASURES},
-        "loss": [train[0]["loss"], train[-1]["loss"]],
+        "loss": [train[0].get("loss"), train[-1].get("loss")],
         "images_per_s": median(line["images_per_second"] for line in train),
         "peak_memory_mb": train[-1]["peak_memory_mb"],
         "seconds": time.perf_counter() - begin,
@@ -92,12 +93,19 @@ def write(path: Path, rows: Sequence[Row]) -> None:
     os.replace(writing, path)
 
 
+def is_finite(row: Row) -> bool:
+    """Whether every measure before and after is a number."""
+    return all(math.isfinite(row[when][m]) for when in ("before", "after") for m in MEASURES)
+
+
 def verdict(rows: Sequence[Row]) -> str:
     """What the rows of one method show.
 
     "rises" where on k-NN or the linear probe every seed's gain is above the spread (the standard
     deviation over seeds) of the gains, and not both fall; "collapses" by the features' spread.
     """
+    if not all(is_finite(row) for row in rows):
+        return "diverges"
     gains = {m: [row["after"][m] - row["before"][m] for row in rows] for m in ("knn", "linear")}
     if any(row["after"]["feature_std"] < COLLAPSED * row["before"]["feature_std"] for row in rows):
         return "collapses"
@@ -116,7 +124,11 @@ def table(rows: Sequence[Row]) -> str:
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
     for method in sorted({row["method"] for row in rows}):
-        same = [row for row in rows if row["method"] == method]
+        all_rows = [row for row in rows if row["method"] == method]
+        same = [row for row in all_rows if is_finite(row)]
+        if not same:
+            lines.append(f"| `{method}` |  |  |  |  |  |  |  | {len(all_rows)} | diverges |")
+            continue
         cells = [f"`{method}`"]
         for measure in ("knn", "linear"):
             before = [row["before"][measure] for row in same]
@@ -129,8 +141,8 @@ def table(rows: Sequence[Row]) -> str:
             f"{rank[0]:.0f} → {rank[1]:.0f}",
             f"{median(row['images_per_s'] for row in same):.0f}",
             f"{max(row['peak_memory_mb'] for row in same):.0f}",
-            str(len(same)),
-            verdict(same),
+            str(len(all_rows)),
+            verdict(all_rows),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -72,7 +72,7 @@ class ViT(nn.Module):
         pos_embed = self._pos_embed(x.shape[-1])
         x = x.flatten(2).transpose(1, 2)
         if masks is not None:
-            x[masks] = self.mask_token.to(x.dtype)
+            x = torch.where(masks.unsqueeze(-1), self.mask_token.to(x.dtype), x)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + pos_embed
         for block in self.blocks:
             x = block(x)
@@ -115,7 +115,7 @@ class Published(nn.Module):
             self.register_buffer("patch_center", torch.zeros(out_dim))
 
     def forward(self, masks: Tensor | None, views: Sequence[Tensor]) -> Tensor:
-        """The loss; moves the centers."""
+        """The loss. What the centers move by is kept for `after_step`."""
         student, teacher = self.student, self.teacher
         with torch.no_grad():
             targets = teacher.backbone(torch.cat(views[:2]))
@@ -124,13 +124,13 @@ class Published(nn.Module):
         others = student.backbone(torch.cat(views[2:]))
         logits = student.head(torch.cat([tokens[:, 0], others[:, 0]]))
         loss = self._class_loss(logits.chunk(len(views)), class_targets)
-        self._move(self.center, class_targets)
+        self.targets = [class_targets]
         if masks is None:
             return loss
         with torch.no_grad():
             patch_targets = teacher.head(targets[:, 1:][masks])
         patch_loss = self._patch_loss(student.head(tokens[:, 1:][masks]), patch_targets, masks)
-        self._move(self.patch_center, patch_targets)
+        self.targets.append(patch_targets)
         return loss + patch_loss
 
     def _class_loss(self, logits: Sequence[Tensor], targets: Tensor) -> Tensor:
@@ -151,12 +151,13 @@ class Published(nn.Module):
         return (losses * weights).sum() / masks.shape[0]
 
     @torch.no_grad()
-    def _move(self, center: Tensor, targets: Tensor) -> None:
-        mean = targets.sum(dim=0) / max(len(targets), 1)  # of no masked patch 0
-        center.copy_(center * CENTER_MOMENTUM + mean * (1 - CENTER_MOMENTUM))
-
-    @torch.no_grad()
     def after_step(self) -> None:
+        self._move_centers()
         pairs = zip(self.student.parameters(), self.teacher.parameters(), strict=True)
         for student, teacher in pairs:
             teacher.mul_(TEACHER_MOMENTUM).add_((1 - TEACHER_MOMENTUM) * student)
+
+    def _move_centers(self) -> None:
+        for center, targets in zip(self.buffers(recurse=False), self.targets, strict=True):
+            mean = targets.sum(dim=0) / max(len(targets), 1)  # of no masked patch 0
+            center.copy_(center * CENTER_MOMENTUM + mean * (1 - CENTER_MOMENTUM))

@@ -7,6 +7,7 @@ alone, every function here does what a group of one would.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,13 +137,16 @@ def on_main(function: Callable[[], Any]) -> Any:
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a model: the members of lists called `*blocks`."""
-    return [
-        block
-        for name, child in module.named_modules()
-        if isinstance(child, nn.ModuleList) and name.rsplit(".", 1)[-1].endswith("blocks")
-        for block in child
-    ]
+    """The repeated blocks of a model: the members of lists called `*blocks`, and of the stages
+    `layer1`, `layer2`, ... of a ResNet."""
+    found = []
+    for name, child in module.named_modules():
+        leaf = name.rsplit(".", 1)[-1]
+        is_list = isinstance(child, nn.ModuleList) and leaf.endswith("blocks")
+        is_stage = isinstance(child, nn.Sequential) and re.fullmatch(r"layer\d", leaf)
+        if is_list or is_stage:
+            found += list(child)
+    return found
 
 
 def shard(module: nn.Module, world: World, forward_methods: tuple[str, ...] = ()) -> None:

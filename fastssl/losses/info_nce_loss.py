@@ -110,7 +110,8 @@ class InfoNCELoss(nn.Module):
             group=self.group,
         )
         if negatives is not None:
-            self._collected.append(nn.functional.normalize(keys, dim=1))
+            wide = torch.promote_types(keys.dtype, torch.float32)
+            self._collected.append(nn.functional.normalize(keys.to(wide), dim=1))
             if self.update_queue:
                 self.step()
         if not return_stats:

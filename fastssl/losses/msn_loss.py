@@ -141,8 +141,10 @@ class MSNLoss(nn.Module):
 
 def _scores(features: Tensor, prototypes: Tensor) -> Tensor:
     """Cosines, in float32 at least: they are divided by small temperatures."""
-    scores = nn.functional.linear(nn.functional.normalize(features, dim=1), prototypes)
-    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+    wide = torch.promote_types(features.dtype, torch.float32)
+    with torch.autocast(features.device.type, enabled=False):
+        features = nn.functional.normalize(features.to(wide), dim=1)
+        return nn.functional.linear(features, prototypes.to(wide))
 
 
 def _entropy(probabilities: Tensor) -> Tensor:  # [..., K] -> [...]

@@ -1,6 +1,7 @@
 """Alignment of predictions with targets (BYOL: Grill et al. 2020, arXiv 2006.07733; SimSiam: Chen &
 He 2020, arXiv 2011.10566)."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,4 +28,7 @@ class NegativeCosineSimilarity(nn.Module):
         if x0.shape != x1.shape:
             raise ValueError(f"x1 must have the shape of x0 {list(x0.shape)}, got {list(x1.shape)}")
         check_not_swapped("x0", x0, "x1", x1)
+        # Near 1, half precision has few cosines.
+        wide = torch.promote_types(x0.dtype, torch.float32)
+        x0, x1 = x0.to(wide), x1.to(wide)
         return -F.cosine_similarity(x0, x1, dim=self.dim, eps=self.eps).mean()

@@ -45,8 +45,9 @@ class Method(nn.Module):
     optimizer.step()
     method.after_step()               # once, whatever the number of micro-batches
 
-    Modules of the method that have a `step()`, as losses with a center or a queue, advance in
-    `after_step` and forget by `discard()` what they collected in a step that is skipped.
+    Children that have both a `step()` and a `discard()`, as losses with a center or a queue,
+    advance by the first in `after_step` and forget by the second what they collected in a step that
+    is skipped.
     """
 
     # What is judged and what a run's weights.pth holds: the encoder, or a teacher's.
@@ -65,15 +66,16 @@ class Method(nn.Module):
 
     def after_step(self) -> None:
         """Advance what moves once per optimizer step: a teacher, a center, a queue."""
-        for module in self.children():
-            if hasattr(module, "step"):
-                module.step()
+        for module in self._advancing():
+            module.step()
 
     def skip_step(self) -> None:
         """In place of `after_step` where the step was not made: nothing advances."""
-        for module in self.children():
-            if hasattr(module, "discard"):
-                module.discard()
+        for module in self._advancing():
+            module.discard()
+
+    def _advancing(self) -> list[nn.Module]:
+        return [m for m in self.children() if hasattr(m, "step") and hasattr(m, "discard")]
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """{"loss": scalar, and detached scalars to be logged}. A detached "features" [n, D] is

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
+import sys
+import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,6 +130,14 @@ def construct(method: type[Method], name: str, setting: Setting, args: Mapping[s
             f"model.name must build a {' or '.join(t.__name__ for t in types)} for method {name}, "
             f"got a {type(setting.encoder).__name__}"
         )
+    grid_size = getattr(getattr(setting.encoder, "patch_embed", None), "grid_size", None)
+    for view in setting.views if callable(grid_size) else ():
+        try:
+            grid_size(view.size)
+        except ValueError as error:
+            raise ValueError(
+                f"views.groups: the encoder does not take {view.size}: {error}"
+            ) from error
     return method(setting, **args)
 
 
@@ -151,15 +162,24 @@ def import_named(key: str, name: str, expected: str) -> Any:
     if not colon:
         raise ValueError(f"{key} must be {expected}, got {name!r}")
     try:
-        if place.endswith(".py"):
-            path = Path(place).expanduser()
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
+        module = (
+            _module_of(Path(place).expanduser().resolve())
+            if place.endswith(".py")
+            else importlib.import_module(place)
+        )
     except (ImportError, OSError) as error:
         raise ValueError(f"{key}: {place} cannot be imported: {error}") from error
     if not hasattr(module, attribute):
         raise ValueError(f"{key}: {place} has no {attribute}")
     return getattr(module, attribute)
+
+
+@functools.cache
+def _module_of(path: Path) -> types.ModuleType:
+    """A file as a module, executed once, under a name that no other module has."""
+    spec = importlib.util.spec_from_file_location(f"_fastssl_user_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up there.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -81,8 +81,10 @@ class DeepClusterV2(ClusteringMethod):
         bank = self.memory.bank
         heads = self.centroids.chunk(self.num_heads)
         for head, (centroids, assignments) in enumerate(zip(heads, self.assignments, strict=True)):
-            first = self._first(epoch, head)
-            centroids.copy_(spherical_kmeans(bank, bank[first], self.num_iters))
+            initial = bank[self._first(epoch, head)]
+            # Where fewer samples than clusters have come by, the rest start where they are.
+            initial = initial.where(initial.any(dim=1, keepdim=True), centroids)
+            centroids.copy_(spherical_kmeans(bank, initial, self.num_iters))
             assignments.copy_(nearest(bank, centroids))
 
     def _first(self, epoch: int, head: int) -> Tensor:  # [K]

@@ -5,6 +5,7 @@ B images, V views, N patches, D features, M rows of masked patches.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -135,10 +136,19 @@ class iBOT(SelfDistillation):
         """How many patches of an image may be masked."""
         return max(int(self.mask_ratio[1] * num_patches), 1)
 
+    def _num_rows(self, num_images: int, num_patches: int) -> int:
+        """Rows for the masked patches of all images: six deviations above their mean number."""
+        low, high = self.mask_ratio
+        mean = self.mask_probability * (low + high) / 2
+        square = self.mask_probability * (low**2 + low * high + high**2) / 3
+        deviation = math.sqrt(num_images * max(square - mean**2, 0.0))
+        expected = num_patches * (num_images * mean + 6 * deviation)
+        return max(1, min(math.ceil(expected), num_images * self._most(num_patches)))
+
     def tokens(self, batch: Batch) -> Tokens:
         images, masks = torch.cat(batch.views[:2]), self.masks(batch)
         student, teacher = self.student.backbone, self.teacher.backbone
-        num_rows = masks.shape[0] * self._most(masks.shape[1])
+        num_rows = self._num_rows(*masks.shape)
         rows = masked_rows(masks, num_rows, student.num_prefix_tokens)
         with torch.no_grad():
             targets = teacher.forward_features(images)

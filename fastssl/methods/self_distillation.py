@@ -5,6 +5,7 @@ B images, V views, N patches, P prefix tokens, D features, M rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
@@ -78,16 +79,18 @@ def distill(
 
     fused: no logits are stored, but made again in backward; see `linear_dino_cross_entropy`.
     """
-    if not fused:
-        with torch.no_grad():
-            targets = teacher(features[1])
-        return loss(student(features[0]), targets, return_stats=True, **options)
     with torch.no_grad():
-        targets = teacher(features[1], return_prototypes=True)
-    return student(
-        features[0],
-        loss=lambda output: loss.linear(output, targets, return_stats=True, **options),
-    )
+        targets = teacher(features[1], return_prototypes=fused)
+    if fused:
+        value, stats = student(
+            features[0],
+            loss=lambda output: loss.linear(output, targets, return_stats=True, **options),
+        )
+    else:
+        value, stats = loss(student(features[0]), targets, return_stats=True, **options)
+    num_prototypes = teacher.last_layer.weight_v.shape[0]
+    share = stats["teacher_entropy"] / math.log(max(2, num_prototypes))
+    return value, {**stats, "teacher_entropy_over_log_k": share}
 
 
 def class_tokens(backbone: VisionTransformer, views: Sequence[Tensor]) -> Tensor:
@@ -126,4 +129,6 @@ def masked_rows(masks: Tensor, num_rows: int, num_prefix_tokens: int) -> MaskedR
     index = hidden.logical_not().to(torch.uint8).argsort(stable=True)[:num_rows]
     weights = (1 / masks.sum(dim=1, keepdim=True).clamp(min=1)).expand_as(masks).flatten()
     image = index // masks.shape[1]
-    return MaskedRows(index + num_prefix_tokens * (image + 1), hidden.sum(), weights[index])
+    return MaskedRows(
+        index + num_prefix_tokens * (image + 1), hidden.sum().clamp(max=num_rows), weights[index]
+    )

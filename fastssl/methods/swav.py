@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import linear, normalize
 
 from fastssl.data import Batch
+from fastssl.kernels.common import collectives
 from fastssl.kernels.common.checks import check_int
 from fastssl.losses import SwAVLoss
 from fastssl.methods.base import Method, Setting
@@ -51,6 +52,11 @@ class SwAV(Method):
         super().__init__()
         check_views(setting, "swav", 2, at_least=True)
         check_int("epoch_queue_starts", epoch_queue_starts, 0)
+        if queue_length % collectives.world_size():
+            raise ValueError(
+                f"queue_length must be a multiple of {collectives.world_size()} processes, "
+                f"got {queue_length}"
+            )
         check_int("freeze_prototypes_steps", freeze_prototypes_steps, 0)
         self.epoch_queue_starts = epoch_queue_starts
         self.freeze_prototypes_steps = freeze_prototypes_steps

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 # blocks.3.norm1.weight, and blocks.0.3.norm1.weight where blocks come in chunks (dinov2).
 _BLOCK = re.compile(r"(?:^|\.)blocks\.(?:\d+\.)?(\d+)\.")
-_EMBEDDING = re.compile(r"(?:^|\.)(patch_embed\.|cls_token$|register_tokens$|pos_embed)")
-_OUTSIDE = re.compile(r"(?:^|\.)decoder_")
+_EMBEDDING = re.compile(
+    r"(?:^|\.)(patch_embed\.|cls_token$|register_tokens$|backbone\.mask_token$|pos_embed)"
+)
+_OUTSIDE = re.compile(r"(?:^|\.)(decoder_|predictor\.)")
 _LAST_LAYER = re.compile(r"(?:^|\.)last_layer\.")
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fastssl.methods import METHODS
+from fastssl.methods import METHODS, method_class
 from fastssl.optim.schedules import SCALINGS, Schedule
 from fastssl.training import recipes
 
@@ -270,10 +270,10 @@ def load(recipe: str = DEFAULT_RECIPE, overrides: Sequence[str] = ()) -> Config:
         raise ValueError(f"{path} is not YAML that can be read: {error}") from error
     if not isinstance(content, DictConfig):
         raise ValueError(f"{path} must hold keys and values, got {type(content).__name__}")
-    _update(config, OmegaConf.to_container(content))
+    updates = [(OmegaConf.to_container(content), False)]
     if path.name == "config.yaml" and config.name == path.absolute().parent.name:
         # The file of a run means that run, wherever it is named from.
-        config.out = str(path.absolute().parent.parent)
+        updates.append(({"out": str(path.absolute().parent.parent)}, False))
     for override in overrides:
         name, equals, _ = override.partition("=")
         if not equals or not name:
@@ -283,7 +283,10 @@ def load(recipe: str = DEFAULT_RECIPE, overrides: Sequence[str] = ()) -> Config:
         except Exception as error:
             raise ValueError(f"{override!r} has a value that YAML cannot read: {error}") from error
         # `model.args={a: 1}` are all of the arguments, `model.args.a=1` is one more.
-        _update(config, values, merge=name not in _KEYS)
+        updates.append((values, name not in _KEYS))
+    own = _own_schedules([values for values, _ in updates])
+    for values, merge in updates:
+        _update(config, values, own, merge=merge)
     try:
         result = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
@@ -292,7 +295,25 @@ def load(recipe: str = DEFAULT_RECIPE, overrides: Sequence[str] = ()) -> Config:
     return result
 
 
-def _update(config: DictConfig, values: dict, prefix: str = "", merge: bool = False) -> None:
+def _own_schedules(updates: Sequence[dict]) -> dict[str, Schedule]:
+    """The schedules of the method that is named last: what a key of one of them changes."""
+    name = MethodConfig().name
+    for values in updates:
+        if isinstance(values.get("method"), dict):
+            name = values["method"].get("name", name)
+    try:
+        return {f"schedules.{key}": s for key, s in method_class(name).schedules.items()}
+    except (ValueError, AttributeError):
+        return {}  # what is wrong with the name is said where the method is built
+
+
+def _update(
+    config: DictConfig,
+    values: dict,
+    own: dict[str, Schedule],
+    prefix: str = "",
+    merge: bool = False,
+) -> None:
     for name, value in values.items():
         key = _KEYS.get(f"{prefix}{name}")
         if key is None:
@@ -303,8 +324,9 @@ def _update(config: DictConfig, values: dict, prefix: str = "", merge: bool = Fa
             _set(config, key, value, merge)
         elif isinstance(value, dict):
             if OmegaConf.select(config, key.name) is None:
-                OmegaConf.update(config, key.name, key.group())
-            _update(config, value, f"{key.name}.", merge)
+                default = copy.deepcopy(own.get(key.name)) or key.group()
+                OmegaConf.update(config, key.name, default)
+            _update(config, value, own, f"{key.name}.", merge)
         elif value is None and key.optional:
             OmegaConf.update(config, key.name, None)
         else:

@@ -83,7 +83,10 @@ class Run:
         self.log.say(messages.introduction(config, world, self.method, data, self.step))
         self.batches = iter(self.loader)
         self.meter, self.clock = Meter(), Clock()
-        self.bad_steps, self.collapse = BadSteps(self.method), CollapseWatch()
+        so_far = distributed.on_main(lambda: read_metrics(self.folder / "metrics.jsonl")[0])
+        skipped = [line["skipped_steps"] for line in so_far if "skipped_steps" in line]
+        self.bad_steps = BadSteps(self.method, skipped[-1] if skipped else 0)
+        self.collapse = CollapseWatch(so_far[0] if so_far else None)
 
     def train_step(self) -> None:
         """One optimizer step on the next global batch; none where its gradient is not finite."""

@@ -75,10 +75,9 @@ def summary(
         for key, name in _SCORES.items():
             change = after[key] - before[key]
             lines.append(f"{name:<16}{before[key]:>8.1f} %{after[key]:>10.1f} %{change:>+10.1f}")
-    if any("skipped_steps" in line for line in train_lines):
-        lines.append(
-            f"{train_lines[-1]['skipped_steps']} steps were skipped: their gradient was not finite"
-        )
+    counts = [line["skipped_steps"] for line in train_lines if "skipped_steps" in line]
+    if counts:
+        lines.append(f"{counts[-1]} steps were skipped: their gradient was not finite")
     train_lines = [line for line in train_lines if "loss" in line]
     if train_lines:
         speed = median(line["images_per_second"] for line in train_lines)

@@ -13,22 +13,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastssl import distributed
 from fastssl.evaluation import feature_std, rankme
+from fastssl.kernels.common import collectives
 from fastssl.optim.layerwise import local
 
-# Rows of features that a measure takes from each rank.
+# Rows of features that a measure takes, of all ranks together.
 _MAX_ROWS = 256
 # A quantity has collapsed below this share of what it was when the run began.
 _SHARE = 0.1
-# Nats: of a distribution that always picks one prototype.
-_ENTROPY = 0.01
+# A teacher's entropy, as a share of the largest there can be, above which it says nothing.
+_UNIFORM = 0.999
 _HELPS = {
     "feature_std": "all images get nearly the same features: a smaller learning rate, a longer "
     "warm-up, a larger batch, stronger views, or the method's own guard (center, predictor, "
     "variance weight) usually help",
     "rankme": "the features span few directions: a smaller learning rate or weight decay, a "
     "larger batch, or more prototypes usually help",
-    "teacher_entropy": "the teacher picks the same prototypes for everything: a higher "
-    "teacher_temp, a longer warm-up of it, or Sinkhorn-Knopp in place of centering usually help",
+    "teacher_entropy_over_log_k": "the teacher finds all prototypes equally good: a lower "
+    "teacher_temp, a slower center or a higher teacher_momentum usually help",
 }
 
 
@@ -43,8 +44,8 @@ class BadSteps:
     would stay in a running mean for ever.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.total = self.in_a_row = 0
+    def __init__(self, module: nn.Module, total: int = 0) -> None:
+        self.total, self.in_a_row = total, 0
         self._live = [
             buffer
             for child in module.modules()
@@ -78,16 +79,20 @@ def all_finite(module: nn.Module) -> bool:
 
 
 class CollapseWatch:
-    """Spread and rank of a run's features, and warnings when they vanish."""
+    """Spread and rank of a run's features, and warnings when they vanish.
 
-    def __init__(self) -> None:
+    first: the values when the run began, for one that goes on; else those first seen.
+    """
+
+    def __init__(self, first: Mapping[str, float] | None = None) -> None:
         self._features: Tensor | None = None
-        self._first: dict[str, float] = {}
+        self._first = dict(first or {})
         self._since: dict[str, int] = {}
 
     def see(self, features: Tensor) -> None:
         """The features [n, D] of a micro-batch; the last one before `measure` counts."""
-        self._features = features[:_MAX_ROWS].detach()
+        # A copy: a slice would keep alive all that it is a slice of.
+        self._features = features[: -(-_MAX_ROWS // collectives.world_size())].detach().clone()
 
     def measure(self) -> dict[str, float]:
         """feature_std and rankme of what was seen last, of all ranks' rows; {} for nothing."""
@@ -106,20 +111,19 @@ class CollapseWatch:
             if name not in values:
                 continue
             first = self._first.setdefault(name, values[name])
-            limit = _ENTROPY if name == "teacher_entropy" else _SHARE * first
-            if name == "rankme":
-                limit = max(limit, 1.5)  # 1 is a single direction
-            if values[name] >= limit:
+            if not self._is_collapsed(name, values[name], first):
                 self._since.pop(name, None)
             elif name not in self._since:
                 self._since[name] = step
                 sentences.append(
-                    f"warning: {name} is {values[name]:.3g} since step {step} (it was {first:.3g} "
+                    f"warning: {name} is {values[name]:.4g} since step {step} (it was {first:.4g} "
                     f"at first): {helps}"
                 )
         return sentences
 
-    @property
-    def collapsed(self) -> dict[str, int]:
-        """{what is collapsed now: since which step}."""
-        return dict(self._since)
+    @staticmethod
+    def _is_collapsed(name: str, value: float, first: float) -> bool:
+        if name == "teacher_entropy_over_log_k":
+            return value > _UNIFORM
+        # A rank of 1 is a single direction.
+        return value < max(_SHARE * first, 1.5 if name == "rankme" else 0.0)

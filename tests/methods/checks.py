@@ -159,7 +159,7 @@ def check_accumulation(case: Case) -> None:
 
 
 def check_gradients(case: Case) -> None:
-    """Every trained parameter gets a finite gradient, somewhere not zero; no other gets one."""
+    """Every trained parameter gets a finite gradient, not all of them zero; no other gets one."""
     method = build(case)
     method.before_step({n: s(0, case.num_steps) for n, s in method.schedules.items()})
     outputs = method(make_batch(case))
@@ -212,14 +212,22 @@ def check_resume(case: Case) -> None:
 
 
 def check_skipped_step(case: Case) -> None:
-    """Of a step that is skipped nothing remains."""
-    method = build(case).eval()
-    before = {key: value.clone() for key, value in method.state_dict().items()}
-    method.before_step({n: s(0, case.num_steps) for n, s in method.schedules.items()})
-    method(make_batch(case))
-    method.skip_step()
-    for key, value in method.state_dict().items():
-        assert torch.equal(value, before[key]), key
+    """Of a step that is skipped nothing remains, then or after the next one."""
+    states = []
+    for skips in (False, True):
+        method = build(case).eval()
+        before = {key: value.clone() for key, value in method.state_dict().items()}
+        method.before_step({n: s(0, case.num_steps) for n, s in method.schedules.items()})
+        if skips:
+            method(make_batch(case))
+            method.skip_step()
+            for key, value in method.state_dict().items():
+                assert torch.equal(value, before[key]), key
+        method(make_batch(case, step=1))
+        method.after_step()
+        states.append({key: value.clone() for key, value in method.state_dict().items()})
+    for key, value in states[0].items():
+        assert torch.equal(states[1][key], value), key
 
 
 def check_all(case: Case) -> None:

@@ -75,13 +75,25 @@ def test_a_collapse_is_said_once_with_its_beginning():
     for part in ("feature_std is 0.04 since step 20", "0.5 at first", "usually help"):
         assert part in said
     assert watch.warnings(30, {"feature_std": 0.03, "rankme": 20.0}) == []
-    assert watch.collapsed == {"feature_std": 20}
-    assert watch.warnings(40, {"feature_std": 0.3}) == [] and watch.collapsed == {}
+    assert watch.warnings(40, {"feature_std": 0.3}) == []
     assert len(watch.warnings(50, {"feature_std": 0.01, "rankme": 1.2})) == 2
 
 
-def test_a_teacher_that_says_one_thing_only_is_named():
+def test_a_teacher_that_says_nothing_is_named():
     watch = CollapseWatch()
-    assert watch.warnings(10, {"teacher_entropy": 3.0}) == []
-    (said,) = watch.warnings(20, {"teacher_entropy": 1e-3})
-    assert "teacher_temp" in said
+    assert watch.warnings(10, {"teacher_entropy_over_log_k": 0.9}) == []
+    (said,) = watch.warnings(20, {"teacher_entropy_over_log_k": 0.9999})
+    assert "lower teacher_temp" in said
+
+
+def test_a_run_that_goes_on_remembers_how_it_began():
+    watch = CollapseWatch({"feature_std": 0.5})
+    (said,) = watch.warnings(30, {"feature_std": 0.001})
+    assert "0.5 at first" in said
+
+
+def test_what_is_seen_is_small():
+    watch = CollapseWatch()
+    tokens = torch.randn(4, 100, 8)
+    watch.see(tokens[:, 0])
+    assert watch._features.untyped_storage().nbytes() == 4 * 8 * 4
