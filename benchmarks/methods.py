@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, median, stdev
 
@@ -106,12 +106,14 @@ def verdict(rows: Sequence[Row]) -> str:
     """
     if not all(is_finite(row) for row in rows):
         return "diverges"
+    if len(rows) < 2:
+        return "one seed only"
     gains = {m: [row["after"][m] - row["before"][m] for row in rows] for m in ("knn", "linear")}
     if any(row["after"]["feature_std"] < COLLAPSED * row["before"]["feature_std"] for row in rows):
         return "collapses"
     if all(mean(gain) < 0 for gain in gains.values()):
         return "falls"
-    spread = {m: stdev(gain) if len(gain) > 1 else 0.0 for m, gain in gains.items()}
+    spread = {m: stdev(gain) for m, gain in gains.items()}
     risen = [m for m, gain in gains.items() if min(gain) > spread[m]]
     return "rises" if risen else "within the spread"
 
@@ -146,6 +148,29 @@ def table(rows: Sequence[Row]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def committed_results() -> list[Path]:
+    """Every file of results; local.json is what nobody commits."""
+    return sorted(path for path in RESULTS.glob("*.json") if path.name != "local.json")
+
+
+def tables(files: Iterable[Path]) -> str:
+    """For each file a line that states its conditions, then its table."""
+    parts = []
+    for file in files:
+        rows = read(file)
+        where = sorted(
+            {f"{row['machine']['cpu']}, {row['machine']['threads']} threads" for row in rows}
+        )
+        torches = sorted({row["versions"]["torch"] for row in rows})
+        commits = sorted({row["commit"] for row in rows})
+        dates = sorted({row["date"] for row in rows})
+        parts.append(
+            f"{'; '.join(where)}; torch {', '.join(torches)}; commit {', '.join(commits)}; "
+            f"{', '.join(dates)}:\n\n{table(rows)}\n"
+        )
+    return "\n".join(parts)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,7 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+# What the README shows, between lines that name it.
+SECTIONS = ("benchmarks", "methods")
 
 Row = dict[str, object]
 
@@ -53,17 +54,18 @@ def table(rows: Sequence[Row]) -> str:
     return "".join(f"{part}\n\n" for part in parts).removesuffix("\n")
 
 
-def update_readme(rows: Sequence[Row], readme: Path, check: bool = False) -> bool:
-    """Put the table between the README's markers; True if it was there already.
+def update_readme(section: str, content: str, readme: Path, check: bool = False) -> bool:
+    """Put `content` between the README's markers of a section; True if it was there already.
 
     With `check` nothing is written.
     """
+    begin, end = f"<!-- {section}: begin -->", f"<!-- {section}: end -->"
     text = readme.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{readme} must hold the lines {BEGIN} and {END} once each")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    new = f"{before}{BEGIN}\n{table(rows)}{END}{after}"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"{readme} must hold the lines {begin} and {end} once each")
+    before, rest = text.split(begin)
+    after = rest.split(end)[1]
+    new = f"{before}{begin}\n{content}{end}{after}"
     if new != text and not check:
         readme.write_text(new)
     return new == text

@@ -214,7 +214,10 @@ def test_readme_shows_the_table_of_the_results(tmp_path, monkeypatch, capsys):
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="must hold the lines"):
         main(["table", "--check"])
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    sections = "".join(
+        f"<!-- {name}: begin -->\nold\n<!-- {name}: end -->\n" for name in report.SECTIONS
+    )
+    readme.write_text(f"before\n{sections}after\n")
     assert main(["table", "--check"]) == 1
     assert "table --update" in capsys.readouterr().err
     assert main(["table", "--update"]) == 0
