@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 from fastssl.data.crops import EvaluationCrops, PretrainingCrops
 from fastssl.data.decode import BrokenImage
+from fastssl.data.digits import Digits
 from fastssl.data.folder import ImageFiles, list_images
+from fastssl.data.labelled import build_labelled
 from fastssl.data.photos import list_photos
 from fastssl.data.transforms import IMAGENET_MEAN, IMAGENET_STD, RandomResizedCrop
 from fastssl.data.views import View
@@ -37,7 +39,9 @@ def build_datasets(
     left half of the pictures that take part: at most `max_eval_images`, evenly spaced.
 
     Args:
-        data: "photos", or a folder of images at any depth.
+        data: "photos", a folder of images at any depth, or "digits": scikit-learn's, but for those
+            that `build_labelled` holds out; without evaluation datasets, since halves of digits
+            tell nothing.
         image_size: side, or (height, width), of a crop for evaluation in pixels.
         views: what pretraining sees of a sample. None: one crop of image_size.
         seed: of the views.
@@ -61,6 +65,12 @@ def build_datasets(
     views = (View(size),) if views is None else tuple(views)
     eval_crop = RandomResizedCrop(size, tuple(eval_scale), (1.0, 1.0), 0.0)
     unreadable: dict[str, str] = {}
+    norm = {"mean": mean, "std": std}
+    if data == "digits":
+        learn, _ = build_labelled(data, image_size=size, seed=seed)
+        digits = Digits(learn.positions.tolist())
+        crops = crops_per_image or 1
+        return PretrainingCrops(digits, views, seed=seed, crops_per_image=crops, **norm), None
     if data == "photos":
         root, names = list_photos()
     else:
@@ -81,7 +91,6 @@ def build_datasets(
     positions = _evaluated(files, max_eval_images)
     if crops_per_image is None:
         crops_per_image = _CROPS_PER_PHOTO if data == "photos" else 1
-    norm = {"mean": mean, "std": std}
     train = PretrainingCrops(
         files,
         views,

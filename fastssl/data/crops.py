@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from fastssl import functional as F
 from fastssl.data.batch import Batch
+from fastssl.data.digits import Digits
 from fastssl.data.folder import ImageFiles
 from fastssl.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Box, RandomResizedCrop
 from fastssl.data.views import View
@@ -52,7 +53,7 @@ class PretrainingCrops(Dataset[Batch]):
 
     def __init__(
         self,
-        files: ImageFiles,
+        files: ImageFiles | Digits,
         views: Sequence[View],
         *,
         seed: int = 0,

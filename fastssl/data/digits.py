@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,14 @@ _FILE = Path("datasets", "data", "digits.csv.gz")
 class Digits:
     """1797 grey images, 8 x 8, as RGB; `labels` [1797] int64.
 
+    positions: which of them; None: all.
+
     The package is not imported, and nothing is downloaded. ImportError where it is missing.
     """
 
-    def __init__(self) -> None:
+    root = "scikit-learn's digits"
+
+    def __init__(self, positions: Sequence[int] | None = None) -> None:
         self.skipped: dict[str, str] = {}
         spec = importlib.util.find_spec("sklearn")
         folder = Path() if spec is None else Path(next(iter(spec.submodule_search_locations)))
@@ -31,14 +36,18 @@ class Digits:
             rows = np.loadtxt(file, delimiter=",")
         # Grey values are 0 to 16.
         grey = np.round(rows[:, :-1] * (255 / 16)).astype(np.uint8)
-        self._pixels = grey.reshape(-1, 8, 8)
-        self.labels = torch.from_numpy(rows[:, -1].astype(np.int64))
+        chosen = slice(None) if positions is None else list(positions)
+        self._pixels = grey.reshape(-1, 8, 8)[chosen]
+        self.labels = torch.from_numpy(rows[:, -1].astype(np.int64))[chosen]
 
     def __len__(self) -> int:
         return len(self._pixels)
 
     def path(self, position: int) -> str:
         return f"digits/{position}"
+
+    def read_or_next(self, position: int) -> tuple[int, Image.Image]:
+        return position, self.read(position)
 
     def read(self, position: int) -> Image.Image:
         return Image.fromarray(self._pixels[position]).convert("RGB")

@@ -184,7 +184,7 @@ class LogConfig:
 @dataclass
 class Config:
     name: str = option("", "the run is in <out>/<name>; empty: the recipe's name")
-    data: str = option("photos", "'photos', or a folder of images at any depth")
+    data: str = option("photos", "'photos', 'digits', or a folder of images at any depth")
     out: str = option("runs", "folder of all runs")
     overwrite: bool = option(False, "delete a finished or broken run of the same name first")
     seed: int = option(0, "of weights, crops, order and masks")

@@ -7,6 +7,8 @@ from PIL import Image
 
 from fastssl.data import build_datasets, build_loader
 from fastssl.data.crops import Request, left_half, right_half
+from fastssl.data.digits import Digits
+from fastssl.data.labelled import build_labelled
 from fastssl.data.views import View
 
 
@@ -154,3 +156,17 @@ def test_with_a_region_a_sample_is_a_part_of_its_picture(tmp_path):
     between = means.mean(dim=0).std(dim=0).mean()
     assert within < 3.0 and between > 15.0
     assert (means[0] != means[1]).any() and (means[0] != means[2]).any()
+
+
+def test_digits_are_pretrained_on_without_those_that_are_held_out():
+    train, evaluation = build_datasets("digits", image_size=16, seed=3)
+    _, test = build_labelled("digits", image_size=16, seed=3)
+    assert evaluation is None and len(train) + len(test) == 1797
+    everything = Digits()
+    held_out = {everything.read(i).tobytes() for i in test.positions.tolist()}
+    seen = [train.files.read_or_next(i)[1].tobytes() for i in range(len(train))]
+    # Some digits are there twice.
+    assert sum(image in held_out for image in seen) < 10
+    batch = train[Request(torch.arange(5))]
+    assert batch.images.shape == (5, 3, 16, 16)
+    assert "scikit-learn's digits" in train.describe()
