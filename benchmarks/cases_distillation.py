@@ -28,7 +28,8 @@ RATIOS = {
     "eager": (PUBLISHED, "fastssl"),
     "compiled": (f"{PUBLISHED} compiled", "fastssl compiled"),
 }
-TOLERANCE = 5e-2
+# bfloat16 on both sides, each in an order of its own, through 12 blocks.
+TOLERANCE = 1e-1
 PROTOTYPES = {"dino": 65536, "ibot": 8192}
 # Gradients and teacher's parameters that the contenders must agree on: of the first layer, of the
 # mask token and of the prototypes.
