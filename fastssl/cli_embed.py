@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Embed the folder and say what was left out."""
     # Here, so that an installation without the trainer's packages gets to say what it lacks.
     from fastssl import distributed
-    from fastssl.evaluation.table import printable
+    from fastssl.evaluation.table import broken_files
     from fastssl.kernels.common.checks import check_int
 
     names = ["FOLDER", "OUT"] if arguments.model is not None else ["RUN", "FOLDER", "OUT"]
@@ -77,6 +77,8 @@ def run(arguments: argparse.Namespace) -> None:
     check_int("batch-size", arguments.batch_size, 1)
     check_int("num-workers", arguments.num_workers, 0)
     out = Path(out).expanduser()
+    if not Path(folder).expanduser().is_dir():
+        raise ValueError(f"FOLDER must be a folder of images, got {folder}, which is none")
     # Before the work rather than after it.
     write = _writer(out)
     with distributed.session(arguments.device) as world:
@@ -85,9 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
         if world.is_main:
             print(f"{out}: features of {shape[0]} images, {shape[1]} numbers each")
             if skipped:
-                print(f"{len(skipped)} broken files were skipped:")
-                lines = (f"  {path}: {reason}" for path, reason in skipped.items())
-                print(printable("\n".join(lines)))
+                print(broken_files(skipped))
 
 
 def embed(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,9 +19,13 @@ if TYPE_CHECKING:
 
 NAME = "fastssl-eval"
 USAGE = f"{NAME} [RUN | --model NAME --weights FILE] --data FOLDER|digits|photos [options]"
+_FINE_TUNE_HELP = "as '{epochs: 10, lr: 5.0e-4, batch_size: 1024}', images of a step over all ranks"
 DESCRIPTION = """\
 Judge the frozen features of a run of fastssl-train (its folder), or of released weights. On several
 GPUs: torchrun --nproc-per-node=8 -m fastssl.cli_eval ..."""
+
+# What features do not depend on, and released encoders of masked autoencoders lack.
+_NOT_JUDGED = ("decoder_", "mask_token")
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,17 +68,29 @@ def run_command(
     parser = build()
     try:
         function(parser.parse_intermixed_args(arguments))
-    except ModuleNotFoundError as error:
-        if "--traceback" in arguments:
-            raise
-        print(f'{parser.prog}: error: {error}; pip install "fastssl[train]"', file=sys.stderr)
-        return 1
     except (ValueError, OSError, ImportError, ArithmeticError) as error:
         if "--traceback" in arguments:
             raise
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        if _is_first_to_fail():
+            remedy = isinstance(error, ModuleNotFoundError)
+            message = f'{error}; pip install "fastssl[train]"' if remedy else str(error)
+            # What a parser of YAML says has several lines.
+            print(f"{parser.prog}: error: {' '.join(message.split())}", file=sys.stderr)
         return 1
     return 0
+
+
+def _is_first_to_fail() -> bool:
+    """Under torchrun the ranks mostly fail alike, and one of them tells."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        # In what all ranks do alike before they meet.
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        return dist.distributed_c10d._get_default_store().add("fastssl/failed", 1) == 1
+    except RuntimeError:
+        return True  # the store is gone
 
 
 def add_encoder_arguments(parser: Parser) -> None:
@@ -96,8 +113,9 @@ def build_parser() -> Parser:
     add("words", nargs="*", metavar="RUN", help="a run's folder, with config.yaml and weights.pth")
     add(
         "--data",
-        help="folder of train/<class>/ and val/<class>/ (or test/), or of <class>/, of which a "
-        "fifth is held out; digits: scikit-learn's; photos: which of the bundled photographs",
+        help="folder of train/<class>/ and val/<class>/ (or valid/, validation/, test/), or of "
+        "<class>/, of which a fifth is held out; digits: scikit-learn's; photos: which of the "
+        "bundled photographs",
     )
     add(
         "--measures",
@@ -111,7 +129,7 @@ def build_parser() -> Parser:
     add("--fractions", type=float, nargs="+", metavar="F", help="of low-shot, as 0.01 0.1")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="of low-shot's splits")
     add("--probe-args", metavar="YAML", default="{}", help="of probe and attentive: {epochs: 20}")
-    add("--fine-tune-args", metavar="YAML", default="{}", help="as '{epochs: 10, lr: 5.0e-4}'")
+    add("--fine-tune-args", metavar="YAML", default="{}", help=_FINE_TUNE_HELP)
     add_encoder_arguments(parser)
     return parser
 
@@ -124,10 +142,12 @@ def run(arguments: argparse.Namespace) -> None:
     from fastssl.evaluation.run import judge
     from fastssl.evaluation.table import for_json, table
 
-    if arguments.data is None:
-        raise ValueError("--data must be given: a folder of labelled images, digits or photos")
+    _check_data(arguments.data)
     options = _options(arguments)
+    file = None if arguments.json is None else Path(arguments.json).expanduser()
     with distributed.session(arguments.device) as world:
+        if file is not None:
+            distributed.on_main(lambda: _check_json(file))
         subject = load_subject(arguments, _only(arguments.words, "RUN"), world)
         data = build_evaluation(
             arguments.data,
@@ -147,10 +167,23 @@ def run(arguments: argparse.Namespace) -> None:
         }
         if world.is_main:
             print(table(result), flush=True)
-        if arguments.json is not None:
+        if file is not None:
             text = json.dumps(for_json(result), indent=1, allow_nan=False)
-            file = Path(arguments.json).expanduser()
             distributed.on_main(lambda: file.write_text(f"{text}\n", encoding="utf-8"))
+
+
+def _check_data(data: str | None) -> None:
+    choices = "a folder of labelled images, digits or photos"
+    if data is None:
+        raise ValueError(f"--data must be given: {choices}")
+    if data not in ("digits", "photos") and not Path(data).expanduser().is_dir():
+        raise ValueError(f"--data must be {choices}, got {data}, which is none of them")
+
+
+def _check_json(file: Path) -> None:
+    """Before the work rather than after it."""
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise ValueError(f"--json must be a file in a folder that exists, got {file}")
 
 
 def _only(words: Sequence[str], name: str) -> str | None:
@@ -238,17 +271,20 @@ def _of_run(folder: Path, image_size: int | None, world: World) -> Subject:
     config = configuration.load(str(folder / "config.yaml"))
     size = config.views.image_size
     views = setup.kinds_of_views(config)
-    method = build_method(
-        config.method.name,
-        model=config.model.name,
-        model_args=config.model.args,
-        args=config.method.args,
-        image_size=size,
-        views=views,
-        num_samples=_num_samples(folder, config.train.global_batch_size),
-        num_steps=max(config.train.steps, 1),
-        seed=config.seed,
-    )
+    try:
+        method = build_method(
+            config.method.name,
+            model=config.model.name,
+            model_args=config.model.args,
+            args=config.method.args,
+            image_size=size,
+            views=views,
+            num_samples=_num_samples(config.method.args),
+            num_steps=max(config.train.steps, 1),
+            seed=config.seed,
+        )
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / 'config.yaml'} must describe a method: {error}") from error
     load_pretrained(method.model, folder / "weights.pth", strict=True)
     dtype = torch.bfloat16 if setup.uses_bf16(config, world.device) else None
     return Subject(
@@ -257,7 +293,7 @@ def _of_run(folder: Path, image_size: int | None, world: World) -> Subject:
         image_size=image_size or (tuple(size) if isinstance(size, list) else size),
         mean=tuple(config.views.mean),
         std=tuple(config.views.std),
-        views=views,
+        views=views if image_size is None else _resized(views, image_size),
         seed=config.seed,
         photos={
             "eval_scale": tuple(config.eval.scale),
@@ -267,13 +303,15 @@ def _of_run(folder: Path, image_size: int | None, world: World) -> Subject:
     )
 
 
-def _num_samples(folder: Path, global_batch_size: int) -> int:
-    """As the run had it, since banks and classifiers of samples have this size, or enough."""
-    state = folder / "checkpoints" / "latest" / "state.json"
-    if not state.is_file():
-        return 1 << 16
-    number = json.loads(state.read_text())["position"]["the number of samples in data"]
-    return number * -(-global_batch_size // number)
+def _resized(views: Sequence[View], image_size: int) -> tuple[View, ...]:
+    return tuple(replace(view, size=(image_size, image_size)) for view in views)
+
+
+def _num_samples(args: dict[str, Any]) -> int:
+    """Enough to build a method of which the encoder alone is loaded: those of the run may be so
+    many that their banks take gigabytes."""
+    prototypes = args.get("n_prototypes")
+    return max(1 << 16, prototypes if isinstance(prototypes, int) else 0)
 
 
 def _released(arguments: argparse.Namespace, world: World) -> Subject:
@@ -289,6 +327,8 @@ def _released(arguments: argparse.Namespace, world: World) -> Subject:
     model_args = _from_yaml("--model-args", arguments.model_args, dict)
     model = build_encoder(arguments.model, model_args, image_size=size)
     report = load_pretrained(model, arguments.weights)
+    if any(not key.startswith(_NOT_JUDGED) for key in report.missing):
+        raise ValueError(f"--weights must hold all of the encoder: {report}")
     if world.is_main and not report.complete:
         print(report, file=sys.stderr)
     return Subject(

@@ -142,7 +142,7 @@ def test_released_weights_and_image_size(folder, tmp_path):
     with Image.open(folder / paths[0]) as image:
         crop = CenterCrop((16, 16)).crop(image, (0, 0, *image.size))
     with torch.no_grad():
-        row = model.eval().features(normalize(crop[None], IMAGENET_MEAN, IMAGENET_STD))
+        row = model.eval()(normalize(crop[None], IMAGENET_MEAN, IMAGENET_STD))
     np.testing.assert_allclose(features[:1], row, atol=1e-5)
 
 
@@ -158,7 +158,7 @@ def test_errors_are_one_sentence(run, folder, tmp_path, capsys, monkeypatch):
     assert "FOLDER OUT must be given" in fails("--model", "vit_tiny", folder)
     assert "must end in .safetensors or .parquet" in fails(run, folder, tmp_path / "out.npy")
     assert "a folder that exists" in fails(run, folder, tmp_path / "no" / "out.parquet")
-    assert "/nowhere" in fails(run, "/nowhere", out)
+    assert "FOLDER must be a folder of images, got /nowhere" in fails(run, "/nowhere", out)
     assert "has no config.yaml" in fails(folder, folder, out)
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -170,6 +170,19 @@ def test_errors_are_one_sentence(run, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert "pip install 'fastssl[parquet]'" in fails(run, folder, Path("out.parquet"))
+
+
+def test_ten_broken_files_are_listed(run, folder, tmp_path, capsys):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "0.png").write_bytes((folder / "0.png").read_bytes())
+    for i in range(12):
+        (pictures / f"broken{i:02}.png").write_bytes(b"not a picture")
+    words = [str(run), str(pictures), str(tmp_path / "out.safetensors"), "--device", "cpu"]
+    assert cli_embed.main(words) == 0
+    said = capsys.readouterr().out
+    assert "12 broken files" in said and said.count("\n  /") == 10
+    assert said.endswith("  ...\n")
 
 
 def test_an_older_file_stays_where_writing_fails(run, folder, tmp_path, monkeypatch):

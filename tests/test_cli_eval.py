@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import re
@@ -21,6 +23,7 @@ from fastssl.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize
 from fastssl.data.views import View
 from fastssl.distributed import World
 from fastssl.evaluation import (
+    FineTuneOptions,
     SGDOptions,
     attentive_probe,
     feature_std,
@@ -196,7 +199,7 @@ def test_digits_with_few_labels(run, tmp_path, capsys):
 
 def test_batches_of_fine_tuning_are_new_each_epoch_and_shared_by_ranks(labelled):
     train = build_labelled(labelled, image_size=16)[0].seen_through([View((16, 16))])
-    options = Options(batch_size=20)
+    options = Options(fine_tune=FineTuneOptions(batch_size=20))
 
     def epochs(size):
         """[epoch][rank][batch] of images and labels."""
@@ -218,9 +221,36 @@ def test_batches_of_fine_tuning_are_new_each_epoch_and_shared_by_ranks(labelled)
     assert not sums[0] & sums[1], "other crops"
 
 
+def test_broken_files_of_fine_tuning_are_reported_and_keep_step(labelled, run, tmp_path):
+    root = tmp_path / "labelled"
+    for part, numbers in (("train", range(4)), ("val", range(4, 8))):
+        for name in ("ant", "bee"):
+            (root / part / name).mkdir(parents=True)
+            for i in numbers:
+                (root / part / name / f"{i}.png").write_bytes(
+                    (labelled / name / f"{i}.png").read_bytes()
+                )
+    for i in range(2):
+        (root / "train" / "ant" / f"{i}.png").write_bytes(b"not a picture")
+    words = [run, "--data", root, "--measures", "fine-tune", "--fine-tune-args"]
+    words += ["{epochs: 1, warmup_epochs: 0, batch_size: 1}"]
+    got = evaluate(*words, file=tmp_path / "out.json")
+    assert sorted(Path(path).name for path in got["skipped"]) == ["0.png", "1.png"]
+    train = build_labelled(root, image_size=16)[0].seen_through([View((16, 16))])
+    for size in (1, 2):
+        worlds = [World(rank, size, torch.device("cpu")) for rank in range(size)]
+        options = Options(fine_tune=FineTuneOptions(batch_size=1))
+        counts = [
+            [len(labels) for _, labels in ShuffledBatches(train, options, world)]
+            for world in worlds
+        ]
+        assert [len(of_rank) for of_rank in counts] == [8] * size
+        assert sum(map(sum, counts)) == 6
+
+
 def test_fine_tuning_learns_and_leaves_the_frozen_encoder(run, labelled, tmp_path):
-    words = [run, "--data", labelled, "--batch-size", 8]
-    words += ["--fine-tune-args", "{epochs: 5, warmup_epochs: 0, lr: 0.01, layer_decay: 1.0}"]
+    words = [run, "--data", labelled, "--fine-tune-args"]
+    words += ["{epochs: 5, warmup_epochs: 0, lr: 0.01, layer_decay: 1.0, batch_size: 8}"]
     words += ["--measures", "fine-tune", "knn"]
     got = evaluate(*words, file=tmp_path / "out.json")["measures"]
     assert got["fine-tune"] > 55
@@ -243,9 +273,30 @@ def test_released_weights(released, labelled, tmp_path):
     words = ["--model", "VisionTransformer", "--weights", weights, "--model-args", MODEL]
     words += ["--image-size", 16, "--data", labelled]
     got = evaluate(*words, file=tmp_path / "out.json")
-    sets = list(sets_by_hand(model.features, labelled))
+    sets = list(sets_by_hand(model, labelled))
     assert got["measures"]["knn"] == {str(k): v for k, v in knn_accuracies(*sets).items()}
+    of_patches = list(sets_by_hand(model.features, labelled))
+    assert knn_accuracies(*of_patches) != knn_accuracies(*sets), "the class token, not patches"
     assert list(got["measures"]) == ["knn", "linear", "rankme", "std"]
+
+
+def test_released_masked_autoencoders_need_no_decoder(run, labelled, tmp_path, capsys):
+    state = torch.load(run / "weights.pth")["model"]
+    encoder = {k: v for k, v in state.items() if not k.startswith(("decoder_", "mask_token"))}
+    torch.save(encoder, tmp_path / "mae.pth")
+    args = json.dumps(load(str(run / "config.yaml")).model.args)
+    words = ["--model", "MaskedAutoencoderViT", "--weights", tmp_path / "mae.pth"]
+    words += ["--model-args", args, "--image-size", 16, "--data", labelled, "--measures", "knn"]
+    got = evaluate(*words, file=tmp_path / "out.json")["measures"]
+    own = evaluate(run, "--data", labelled, "--measures", "knn", file=tmp_path / "own.json")
+    assert got == own["measures"]
+    # What is judged must be there.
+    del encoder["norm.weight"]
+    torch.save(encoder, tmp_path / "mae.pth")
+    capsys.readouterr()
+    assert cli_eval.main([*map(str, words), "--device", "cpu"]) == 1
+    error = capsys.readouterr().err
+    assert "--weights must hold all of the encoder" in error and "norm.weight" in error
 
 
 def test_precision_is_that_of_the_run(run, tmp_path):
@@ -287,14 +338,77 @@ def test_missing_parts_are_named(run, tmp_path, capsys):
     assert "--model needs --weights" in fails("--data", "digits", "--model", "vit_tiny")
     assert "--data must be given" in fails(run)
     assert "measures must be among knn" in fails(run, "--data", "digits", "--measures", "nn")
-    assert "/nowhere" in fails(run, "--data", "/nowhere")
+    assert "--data must be a folder of labelled images, digits or photos, got /nowhere" in fails(
+        run, "--data", "/nowhere"
+    )
     assert "unrecognized arguments: --bad" in fails(run, "--data", "digits", "--bad")
     assert "batch_size must be at least 1" in fails(run, "--data", "digits", "--batch-size", 0)
     assert "epoch" in fails(run, "--data", "digits", "--probe-args", "{epoch: 1}")
     assert "--fine-tune-args must be" in fails(run, "--data", "digits", "--fine-tune-args", "[1]")
+    fine_tune = [run, "--data", "digits", "--fine-tune-args"]
+    assert "betas must be two numbers, got 3" in fails(*fine_tune, "{betas: 3}")
+    assert "dtype must be a torch.dtype" in fails(*fine_tune, "{dtype: bfloat16}")
+    assert "--json must be a file in a folder" in fails(run, "--data", "digits", "--json", tmp_path)
+    low_shot = [run, "--data", "digits"]
+    assert "labels_per_class must be at" in fails(*low_shot, "--labels-per-class", 0)
+    assert "fractions must be in (0, 1], got 1.5" in fails(*low_shot, "--fractions", 1.5)
+    for text, said in (
+        ("a: [", "config.yaml is not YAML"),
+        ("- a", "config.yaml must hold keys and values"),
+        ("model: {args: {depth: many}}", "model.args do not fit"),
+        ("method: {args: {mask_ratio: x}}", "config.yaml must describe a method"),
+    ):
+        (tmp_path / "config.yaml").write_text(text)
+        assert said in fails(tmp_path, "--data", "digits"), text
     assert "--device" in cli_eval.build_parser().format_help()
     with pytest.raises(ValueError, match="must be given"):
         cli_eval.main([str(run), "--traceback"])
+
+
+def test_ranks_say_it_once(run, gloo_pool, monkeypatch, capfd):
+    """Before the group exists, and in it."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert cli_eval.main([str(run)]) == 1
+    assert capfd.readouterr().err == ""
+    words = [str(run), "--data", "digits", "--device", "cpu", "--json", "/nowhere/out.json"]
+    assert sorted(gloo_pool.run(error_of, 2, words))[0] == ""
+    assert "--json must be" in sorted(gloo_pool.run(error_of, 2, words))[1]
+
+
+def error_of(words):
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        assert cli_eval.main(words) == 1
+    return err.getvalue()
+
+
+def test_the_encoder_is_all_that_is_built_in_full(run, tmp_path, monkeypatch):
+    """A run on millions of samples needs no bank for them, and more prototypes than usual fit."""
+    from fastssl import methods
+
+    build, numbers = methods.build_method, []
+
+    def watched(*args, num_samples, **kwargs):
+        numbers.append(num_samples)
+        return build(*args, num_samples=num_samples, **kwargs)
+
+    monkeypatch.setattr(methods, "build_method", watched)
+    for name in ("config.yaml", "weights.pth"):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    state = tmp_path / "checkpoints" / "latest" / "state.json"
+    state.parent.mkdir(parents=True)
+    state.write_text(json.dumps({"position": {"the number of samples in data": 10**9}}))
+    parser = cli_eval.build_parser()
+    cli_eval.load_subject(parser.parse_args([]), str(tmp_path), World(0, 1, torch.device("cpu")))
+    assert numbers == [1 << 16]
+    assert cli_eval._num_samples({"n_prototypes": 10**5}) == 10**5
+
+
+def test_image_size_is_that_of_all_views(run):
+    world = World(0, 1, torch.device("cpu"))
+    arguments = cli_eval.build_parser().parse_args(["--image-size", "24"])
+    subject = cli_eval.load_subject(arguments, str(run), world)
+    assert subject.image_size == 24
+    assert {view.size for view in subject.views} == {(24, 24)}
 
 
 def test_missing_packages_are_named_with_the_remedy(run, monkeypatch, capsys):

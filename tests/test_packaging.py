@@ -1,5 +1,6 @@
 """The wheel and the sdist, built and installed away from the checkout."""
 
+import configparser
 import os
 import subprocess
 import sys
@@ -81,6 +82,14 @@ def imported(environment: Path, wheel: Path, away: Path) -> list[str]:
     return run(environment / "bin/python", "-c", SCRIPT, cwd=away).splitlines()
 
 
+def console_scripts(wheel: Path) -> dict[str, str]:
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/entry_points.txt"))
+    points = configparser.ConfigParser()
+    points.read_string(archive.read(name).decode())
+    return dict(points["console_scripts"])
+
+
 def test_wheel_from_the_sdist_imports_and_computes(unpacked, empty_environment, tmp_path):
     wheel = build("wheel", unpacked, tmp_path / "dist", FASTSSL_REQUIRE_CPP="1")
     assert "-py3-none-linux_" in wheel.name
@@ -88,6 +97,11 @@ def test_wheel_from_the_sdist_imports_and_computes(unpacked, empty_environment, 
     assert "fastssl/kernels/_cpu.so" in names
     assert "fastssl/kernels/masked_scatter/op.py" in names
     assert "fastssl/recipes/photos.yaml" in names
+    assert console_scripts(wheel) == {
+        "fastssl-train": "fastssl.cli:main",
+        "fastssl-eval": "fastssl.cli_eval:main",
+        "fastssl-embed": "fastssl.cli_embed:main",
+    }
     assert not [name for name in names if name.startswith(("kernels/", "csrc/", "tests/"))]
     location, reason = imported(empty_environment, wheel, tmp_path)
     assert str(empty_environment) in location

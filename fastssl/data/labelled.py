@@ -23,6 +23,8 @@ from fastssl.data.folder import ImageFiles, list_images
 from fastssl.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Box
 from fastssl.data.views import View
 
+# Folders beside train, of what is judged on; the first that is there counts.
+_JUDGED = ("val", "valid", "validation", "test")
 # Beside the two halves of pictures and the few labels, views 0 to 2 of the stream.
 _VIEW = 3
 
@@ -48,9 +50,12 @@ class CenterCrop:
             resized = (w, image.height * w // image.width)
         else:
             resized = (image.width * h // image.height, h)
-        image = image.resize(resized, Image.Resampling.BICUBIC)
-        left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-        image = image.crop((left, top, left + width, top + height))
+        left, top = round((resized[0] - width) / 2), round((resized[1] - height) / 2)
+        # Only the middle is resized, from pixels around it too: the whole of a picture that is
+        # hundreds of times longer than wide would fill the memory.
+        x, y = image.width / resized[0], image.height / resized[1]
+        box = (left * x, top * y, (left + width) * x, (top + height) * y)
+        image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
     def color(self, crops: Tensor, uniforms: Tensor) -> Tensor:
@@ -174,15 +179,16 @@ def build_labelled(
     """What to learn from and what to be judged on, in centre crops.
 
     Args:
-        data: "digits", or a folder: train/<class>/... and val/<class>/... (or test/<class>/...),
-            or <class>/... alone. A class is the first folder, its files may lie deeper; labels go
-            by the classes' sorted names. Without a val or test folder, and for digits, a fifth of
-            each class is held out, chosen by `seed`; a class of one image is learned from.
+        data: "digits", or a folder: train/<class>/... and val/<class>/... (or valid, validation
+            or test), or <class>/... alone. A class is the first folder, its files may lie deeper;
+            labels go by the classes' sorted names. Without a folder to be judged on, and for
+            digits, a fifth of each class is held out, chosen by `seed`; a class of one image is
+            learned from.
         image_size: side, or (height, width), of what an encoder sees.
 
     Raises:
-        ValueError: no such folder, fewer than two classes, nothing held out, or a class in val or
-            test that train lacks.
+        ValueError: no such folder, fewer than two classes, nothing held out, a class to be judged
+            on that train lacks, or a folder beside train with its classes and an unknown name.
         ImportError: the digits are not installed.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
@@ -190,9 +196,15 @@ def build_labelled(
     if str(data) == "digits":
         digits = Digits()
         return _split(digits, digits.labels, [str(digit) for digit in range(10)], seed, common)
-    root, files, unreadable = list_images(data)
+    folder = Path(data).expanduser()
+    if not folder.is_dir():
+        wrong = "is a file" if folder.exists() else "does not exist"
+        raise ValueError(f"data must be 'digits' or a folder of class folders; {folder} {wrong}")
+    root, files, unreadable = list_images(folder)
     tops = {PurePath(file).parts[0] for file in files if len(PurePath(file).parts) > 1}
-    judged = next((name for name in ("val", "test") if name in tops), None)
+    judged = next((name for name in _JUDGED if name in tops), None)
+    if judged is None and "train" in tops:
+        _check_beside_train(root, files)
     if "train" in tops and judged:
         train, test = (_of_classes(root, files, unreadable, top) for top in ("train", judged))
         classes = _classes(data, train)
@@ -244,6 +256,20 @@ def _of_classes(
         else:
             unreadable[str(root / file)] = "lies in no folder of a class"
     return found
+
+
+def _check_beside_train(root: Path, files: Sequence[str]) -> None:
+    """Refuse another folder with the classes of train, which would pass for a class itself."""
+    inside: dict[str, set[str]] = {}
+    for parts in (PurePath(file).parts for file in files):
+        if len(parts) > 2:
+            inside.setdefault(parts[0], set()).add(parts[1])
+    train = inside.pop("train", set())
+    if alike := sorted(name for name, classes in inside.items() if classes & train):
+        raise ValueError(
+            f"data must have {', '.join(_JUDGED[:-1])} or {_JUDGED[-1]} beside train; {root} has "
+            f"folders of the same names in {', '.join(alike[:5])}"
+        )
 
 
 def _classes(data: str | os.PathLike[str], files: dict[str, str]) -> list[str]:

@@ -18,13 +18,17 @@ from fastssl.data import Batch, NoReadableImage
 from fastssl.data.labelled import rank_requests
 from fastssl.data.loader import CropsDataset, Loader
 from fastssl.distributed import World
+from fastssl.kernels.common import collectives
+from fastssl.models import MaskedAutoencoderHiera, MaskedAutoencoderViT
+from fastssl.nn import SyncBatchNorm
 
 
 class Encoder(nn.Module):
     """Called, normalised images [B, 3, H, W] -> float32 features [B, D].
 
     model: whose parameters these features come from.
-    features: how; None: `model.features` if that is a method, else `model` itself.
+    features: how; None: `model` itself, or `model.features` of a masked autoencoder, whose call is
+        its loss.
     dtype: of autocast, None for none.
     """
 
@@ -37,9 +41,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.model = model
         if features is None:
-            own = getattr(model, "features", None)
-            is_method = callable(own) and not isinstance(own, nn.Module)
-            features = own if is_method else model.__call__
+            is_mae = isinstance(model, (MaskedAutoencoderViT, MaskedAutoencoderHiera))
+            features = model.features if is_mae else model.__call__
         # A bound method, so that no more than `model` is registered, and a copy has its own.
         self._features = features
         self.dtype = dtype
@@ -74,10 +77,13 @@ class Encoder(nn.Module):
             )
 
     def trainable_copy(self) -> Encoder:
-        """A copy of which all is trained if it is a teacher, of which nothing is."""
+        """A copy of which all is trained if it is a teacher, of which nothing is; its batch
+        normalisations are over all ranks."""
         encoder = copy.deepcopy(self)
         if not any(parameter.requires_grad for parameter in encoder.parameters()):
             encoder.requires_grad_(True)
+        if collectives.world_size() > 1:
+            SyncBatchNorm.convert_sync_batchnorm(encoder)
         return encoder
 
     def _run(self, function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:

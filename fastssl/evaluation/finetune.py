@@ -13,12 +13,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastssl.evaluation.shares import check_labels, percent
 from fastssl.kernels.common import collectives
 from fastssl.kernels.common.checks import check_int
 from fastssl.kernels.common.collectives import Group
 from fastssl.losses.common import check_not_negative, check_positive
+from fastssl.nn import SyncBatchNorm
 from fastssl.optim import Schedule, build_adamw, set_hyperparameters
 
 Pairs = tuple[Tensor, Tensor]  # images [B, ...], labels [B]
@@ -37,6 +39,8 @@ class FineTuneOptions:
     """AdamW with layer-wise decay, a straight warm-up, then a cosine to 0; as MAE's for ViT-L.
 
     lr: of the top layer; that of a layer below is layer_decay times the one above.
+    batch_size: images of a step over all ranks, for who makes the batches; `fine_tune` takes them
+        as they are.
     dtype: of autocast, None for none.
     """
 
@@ -47,6 +51,7 @@ class FineTuneOptions:
     weight_decay: float = 0.05
     betas: Sequence[float] = (0.9, 0.999)
     label_smoothing: float = 0.1
+    batch_size: int = 256
     dtype: torch.dtype | None = None
     seed: int = 0
 
@@ -55,7 +60,15 @@ class FineTuneOptions:
         check_not_negative(weight_decay=self.weight_decay)
         check_int("epochs", self.epochs, 1)
         check_int("warmup_epochs", self.warmup_epochs, 0, self.epochs)
+        check_int("batch_size", self.batch_size, 1)
         check_int("seed", self.seed, 0)
+        betas = self.betas
+        if not isinstance(betas, Sequence) or len(betas) != 2:
+            raise ValueError(f"betas must be two numbers, got {betas!r}")
+        if not all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must be numbers in [0, 1), got {betas!r}")
+        if self.dtype is not None and not isinstance(self.dtype, torch.dtype):
+            raise TypeError(f"dtype must be a torch.dtype or None, got {self.dtype!r}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
 
@@ -92,7 +105,10 @@ def fine_tune(
 
     Several ranks give batches of their own, of any size and number, and start from the same
     encoder, in no wrapper of DDP or FSDP. Step i learns from the i-th batches of all ranks as
-    from one batch; gradients are averaged here. BatchNorm and dropout stay each rank's own.
+    from one batch; gradients are averaged here. Dropout stays each rank's own, and so does
+    BatchNorm, unless it is fastssl.nn.SyncBatchNorm: then all ranks must have as many batches,
+    perhaps empty ones. A step without images is left out, and so is one of a single image under
+    batch normalisation, which has no deviation to divide by.
 
     Args:
         encoder: images [B, ...] -> [B, D]; parameters that require no gradient stay as they are.
@@ -134,22 +150,37 @@ def _train(
         base=options.lr, final=0.0, warmup_steps=options.warmup_epochs * steps_per_epoch
     )
     num_steps = options.epochs * steps_per_epoch
+    smoothing = options.label_smoothing
+    smallest = 2 if _has(model, _BatchNorm) else 1
+    # A rank without images takes part in the others' statistics.
+    takes_empty = _has(model, SyncBatchNorm)
     model.train()
     for epoch in range(options.epochs):
         # A rank whose batches have come to an end goes on without, for the others' sake.
         batches = itertools.chain(train, itertools.repeat(None))
         for step, batch in enumerate(itertools.islice(batches, steps_per_epoch)):
+            count = 0 if batch is None else len(batch[1])
+            total = _total(model, count, group)
+            if total < smallest:
+                continue
             lr = schedule(epoch * steps_per_epoch + step, num_steps)
             set_hyperparameters(optimizer, lr=lr, weight_decay=options.weight_decay)
             optimizer.zero_grad()
-            count = 0
-            if batch is not None:
+            if count or (takes_empty and batch is not None):
                 logits, labels = _logits(model, batch, options.dtype)
-                count = len(labels)
-                smoothing = options.label_smoothing
                 cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing).backward()
-            _average_gradients(model, count, group)
+            _average_gradients(model, total, group)
             optimizer.step()
+
+
+def _has(model: nn.Module, kind: type[nn.Module]) -> bool:
+    return any(isinstance(module, kind) for module in model.modules())
+
+
+def _total(model: _Classifier, count: int, group: Group) -> int:
+    """The sum of `count` over ranks."""
+    number = torch.tensor(count, device=model.head.weight.device)
+    return int(collectives.all_reduce_sum(number, group))
 
 
 def _logits(model: _Classifier, batch: Pairs, dtype: torch.dtype | None) -> Pairs:
@@ -165,16 +196,15 @@ def _logits(model: _Classifier, batch: Pairs, dtype: torch.dtype | None) -> Pair
     return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels
 
 
-def _average_gradients(model: nn.Module, count: int, group: Group) -> None:
-    """Gradients of sums over this rank's `count` samples -> of the mean over those of all ranks."""
+def _average_gradients(model: nn.Module, total: int, group: Group) -> None:
+    """Gradients of sums over this rank's samples -> of the mean over the `total` of all ranks."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-    # One collective carries all; in float32 the number of samples is exact too.
-    number = torch.tensor([count], dtype=torch.float32, device=gradients[0].device)
-    flat = collectives.all_reduce_sum(torch.cat([g.flatten() for g in gradients] + [number]), group)
-    parts = flat[:-1].split([p.numel() for p in parameters])
+    # One collective carries all.
+    flat = collectives.all_reduce_sum(torch.cat([g.flatten() for g in gradients]), group)
+    parts = flat.split([p.numel() for p in parameters])
     for parameter, part in zip(parameters, parts, strict=True):
-        parameter.grad = (part / flat[-1]).view_as(parameter).to(parameter.dtype)
+        parameter.grad = (part / total).view_as(parameter).to(parameter.dtype)
 
 
 @torch.no_grad()
@@ -184,10 +214,14 @@ def _accuracy(
     model.eval()
     counts = torch.zeros(2, dtype=torch.int64, device=model.head.weight.device)
     for batch in test:
+        if len(batch[1]) == 0:
+            continue
         logits, labels = _logits(model, batch, options.dtype)
-        counts[0] += (logits.argmax(dim=1) == labels).sum()
+        # A model that diverged is never right.
+        right = (logits.argmax(dim=1) == labels) & logits.isfinite().all(dim=1)
+        counts[0] += right.sum()
         counts[1] += len(labels)
-    total = int(collectives.all_reduce_sum(counts[1], group))
+    total = _total(model, int(counts[1]), group)
     if total == 0:
         raise ValueError("test must have at least one image, got none")
     return percent(counts[:1], total, group)[0]

@@ -94,18 +94,22 @@ def uniformity(x: Tensor, *, t: float = 2.0, group: Group = None) -> float:
     """
     check_features("x", x)
     check_positive(t=t)
-    count = Shares.of(x, group).total
+    shares = Shares.of(x, group)
+    count = shares.total
     _check_rows(count, 2, "x")
     own = normalize(x.detach().double(), dim=1)
     total = own.new_zeros(())
-    for _, rows in broadcast_rows(own, _CHUNK, group):
+    for place, rows in broadcast_rows(own, _CHUNK, group):
         # 1, or 0 for a feature of length 0.
         square = rows.square().sum(dim=1)
-        for part in own.split(_CHUNK):
+        for i, part in enumerate(own.split(_CHUNK)):
             distance = part.square().sum(dim=1, keepdim=True) + square - 2 * part @ rows.T
-            total += torch.exp(-t * distance).sum()
-    # Less the pairs of a sample with itself, exp(0) each.
-    total = collectives.all_reduce_sum(total, group) - count
+            kernel = torch.exp(-t * distance)
+            # Without the pairs of a sample with itself: subtracted from the sum, their rounding
+            # would drown what is small.
+            kernel.diagonal(shares.start + i * _CHUNK - place).zero_()
+            total += kernel.sum()
+    total = collectives.all_reduce_sum(total, group)
     return (total / (count * (count - 1))).log().item()
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastssl import distributed
 from fastssl.data import Batch
 from fastssl.data.crops import Request
 from fastssl.data.labelled import rank_requests
@@ -35,7 +36,7 @@ from fastssl.kernels.common.checks import check_int
 @dataclass(frozen=True)
 class Options:
     """measures: of `MEASURES`. labels_per_class, fractions: of low-shot, a row each; seeds: its
-    splits. batch_size: images of a forward, and of a step of fine-tuning over all ranks."""
+    splits. batch_size: images of a forward; that of a step of fine-tuning is in fine_tune."""
 
     measures: Sequence[str] = ("knn", "linear", "rankme", "std")
     ks: Sequence[int] = (10, 20)
@@ -50,6 +51,15 @@ class Options:
     def __post_init__(self) -> None:
         check_int("batch_size", self.batch_size, 1)
         check_int("num_workers", self.num_workers, 0)
+        for number in self.labels_per_class:
+            check_int("labels_per_class", number, 1)
+        for fraction in self.fractions:
+            if not 0 < fraction <= 1:
+                raise ValueError(f"fractions must be in (0, 1], got {fraction}")
+        if not self.seeds:
+            raise ValueError("seeds must be at least one, got none")
+        for seed in self.seeds:
+            check_int("seeds", seed, 0)
         unknown = [name for name in self.measures if name not in MEASURES]
         if unknown or not self.measures:
             raise ValueError(
@@ -152,14 +162,18 @@ def _low_shot(judgement: _Judgement) -> dict[str, Any]:
 
 
 def _fine_tune(judgement: _Judgement) -> float:
-    return fine_tune(
+    train = ShuffledBatches(judgement.data.augmented, judgement.options, judgement.world)
+    accuracy = fine_tune(
         judgement.encoder.trainable_copy(),
-        ShuffledBatches(judgement.data.augmented, judgement.options, judgement.world),
+        train,
         _TestBatches(judgement),
         num_features=judgement.test.outputs[0].shape[1],
         num_classes=len(judgement.data.classes),
         options=judgement.options.fine_tune,
     )
+    for of_rank in distributed.gather(train.skipped):
+        judgement.skipped.update(of_rank)
+    return accuracy
 
 
 def _alignment(judgement: _Judgement) -> float:
@@ -188,27 +202,33 @@ MEASURES: dict[str, Callable[[_Judgement], Any]] = {
 
 
 class ShuffledBatches:
-    """This rank's part of each batch of an epoch; every iteration is the next epoch."""
+    """This rank's part of each batch of an epoch, perhaps empty; every iteration is the next epoch.
+
+    skipped: {path: reason} of the files that this rank could not read.
+    """
 
     def __init__(self, dataset: CropsDataset, options: Options, world: World) -> None:
         self._dataset, self._options, self._world = dataset, options, world
+        self.skipped: dict[str, str] = {}
         self._epoch = 0
 
     def __len__(self) -> int:
-        return len(self._requests())
+        return len(self._parts())
 
     def __iter__(self) -> Iterator[Pairs]:
         self._epoch += 1
-        return _pairs(self._dataset, self._requests(), self._options, self._world)
+        return _pairs(self._dataset, self._parts(), self._options, self._world, self.skipped)
 
-    def _requests(self) -> list[Request]:
+    def _parts(self) -> list[tuple[Request, int]]:
         seed, rank, size = self._options.fine_tune.seed, self._world.rank, self._world.size
         order = epoch_permutation(len(self._dataset), seed=seed, epoch=self._epoch)
-        batches = order.split(self._options.batch_size)
-        parts = (
-            part[len(part) * rank // size : len(part) * (rank + 1) // size] for part in batches
-        )
-        return [Request(part.clone(), self._epoch) for part in parts if len(part)]
+        parts = []
+        for batch in order.split(self._options.fine_tune.batch_size):
+            own = batch[len(batch) * rank // size : len(batch) * (rank + 1) // size]
+            # Without a share an image is read all the same: it tells the shape.
+            request = Request((own if len(own) else batch[:1]).clone(), self._epoch)
+            parts.append((request, len(own)))
+        return parts
 
 
 class _TestBatches:
@@ -216,20 +236,28 @@ class _TestBatches:
 
     def __init__(self, judgement: _Judgement) -> None:
         self._dataset, self._world = judgement.data.test, judgement.world
-        self._options = judgement.options
+        self._options, self._skipped = judgement.options, judgement.skipped
 
     def __iter__(self) -> Iterator[Pairs]:
         world = self._world
         requests = rank_requests(
             len(self._dataset), self._options.batch_size, world.rank, world.size
         )
-        return _pairs(self._dataset, requests, self._options, world)
+        parts = [(request, len(request.indices)) for request in requests]
+        return _pairs(self._dataset, parts, self._options, world, self._skipped)
 
 
 def _pairs(
-    dataset: CropsDataset, requests: list[Request], options: Options, world: World
+    dataset: CropsDataset,
+    parts: list[tuple[Request, int]],
+    options: Options,
+    world: World,
+    skipped: dict[str, str],
 ) -> Iterator[Pairs]:
+    """The first so many images of each request; none where all files are broken, as a placeholder
+    that keeps the ranks in step."""
+    requests = [request for request, _ in parts]
     loader = Loader(dataset, requests, num_workers=options.num_workers, device=world.device)
-    for batch in loader:
-        if len(batch):
-            yield batch.images, batch.labels
+    for (_, count), batch in zip(parts, loader, strict=True):
+        skipped.update(batch.skipped or {})
+        yield batch.images[:count], batch.labels[:count]

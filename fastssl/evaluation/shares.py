@@ -17,6 +17,9 @@ from fastssl.kernels.common import collectives
 from fastssl.kernels.common.checks import check_shape, check_tensor
 from fastssl.kernels.common.collectives import Group
 
+# Rows of one broadcast where all are gathered; the same on all ranks, which must cut alike.
+_CHUNK = 1 << 16
+
 
 @dataclass(frozen=True)
 class Shares:
@@ -50,7 +53,8 @@ class Shares:
 def broadcast_rows(rows: Tensor, chunk: int, group: Group = None) -> Iterator[tuple[int, Tensor]]:
     """All ranks' rows in order, at most `chunk` at a time: (place of the first, the rows).
 
-    Every rank must read to the end. Rows have one shape and type on all ranks.
+    `chunk` is the same on all ranks, and every rank must read to the end. Rows have one shape and
+    type on all ranks.
     """
     shares = Shares.of(rows, group)
     # A name is what the ops of the losses know a group by.
@@ -72,7 +76,7 @@ def broadcast_rows(rows: Tensor, chunk: int, group: Group = None) -> Iterator[tu
 
 def gather_rows(rows: Tensor, group: Group = None) -> Tensor:
     """All ranks' rows in order, on every rank."""
-    parts = [part for _, part in broadcast_rows(rows, max(len(rows), 1 << 16), group)]
+    parts = [part for _, part in broadcast_rows(rows, _CHUNK, group)]
     return torch.cat([rows[:0], *parts])
 
 

@@ -20,9 +20,15 @@ def table(result: dict[str, Any]) -> str:
     for name, value in result["measures"].items():
         lines += [f"{label:<34}{text}" for label, text in _rows(name, value, result["features"])]
     if skipped := result["skipped"]:
-        lines += ["", f"{len(skipped)} broken files were skipped:"]
-        lines += [f"  {path}: {reason}" for path, reason in list(skipped.items())[:10]]
-        lines += ["  ..."] if len(skipped) > 10 else []
+        lines += ["", broken_files(skipped)]
+    return printable("\n".join(lines))
+
+
+def broken_files(skipped: dict[str, str]) -> str:
+    """The first ten of {path: reason} for people."""
+    lines = [f"{len(skipped)} broken files were skipped:"]
+    lines += [f"  {path}: {reason}" for path, reason in list(skipped.items())[:10]]
+    lines += ["  ..."] if len(skipped) > 10 else []
     return printable("\n".join(lines))
 
 

@@ -101,6 +101,39 @@ def test_deterministic_under_a_seed():
     assert torch.equal(states[0], states[1]) and not torch.equal(states[1], states[2])
 
 
+def test_batches_without_images_change_nothing():
+    options = FineTuneOptions(lr=0.02, epochs=2, warmup_epochs=0)
+    train, test = batches([8, 0, 8], 0), batches([0, 50], 1)
+    model = encoder()
+    accuracy = fine_tune(model, train, test, **WHAT, options=options)
+    assert accuracy > 0
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    # Momentum moves what learns nothing: a step is left out, not made with zeros.
+    nothing = encoder()
+    before = copy.deepcopy(nothing.state_dict())
+    fine_tune(nothing, batches([0, 0], 0), test, **WHAT, options=options)
+    assert all(torch.equal(value, before[key]) for key, value in nothing.state_dict().items())
+
+
+def test_logits_that_are_not_finite_are_never_right():
+    class Diverged(Encoder):
+        def forward(self, x):
+            return super().forward(x) * (1.0 if self.training else math.nan)
+
+    images, _ = batches([20], 0)[0]
+    test = [(images, torch.zeros(20, dtype=torch.int64))]
+    options = FineTuneOptions(epochs=1, warmup_epochs=0)
+    assert fine_tune(Diverged(), test, test, **WHAT, options=options) == 0
+
+
+def test_batch_norm_leaves_a_single_image_out():
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8))
+    options = FineTuneOptions(epochs=1, warmup_epochs=0)
+    train, test = batches([8, 1], 0), batches([20], 1)
+    fine_tune(model, train, test, **WHAT, options=options)
+    assert model[1].num_batches_tracked == 1
+
+
 def test_mode_frozen_parameters_and_data_loaders():
     model = encoder(drop=0.5).eval()
     model.patch_embed.requires_grad_(False)
@@ -139,6 +172,9 @@ def test_bad_input():
         ({"layer_decay": -1.0}, "layer_decay must be positive"),
         ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), got 1.0"),
         ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"betas": 0.9}, "betas must be two numbers, got 0.9"),
+        ({"betas": (0.9, 1.0)}, r"betas must be numbers in \[0, 1\), got"),
     ):
         with pytest.raises(ValueError, match=message):
             FineTuneOptions(**change)

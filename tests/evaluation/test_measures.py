@@ -86,6 +86,9 @@ def test_uniformity_at_the_edges():
         assert uniformity(collapsed) == pytest.approx(0, abs=1e-9)
     assert uniformity(torch.eye(16)) == pytest.approx(-4)
     assert uniformity(torch.tensor([[1.0, 0.0], [-1.0, 0.0]])) == pytest.approx(-8)
+    # exp(-100) is less than what the diagonal's 1 are known to.
+    far = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    assert uniformity(far, t=25.0) == pytest.approx(-100)
     with pytest.raises(ValueError, match="x must have at least 2 rows over all ranks, got 1"):
         uniformity(torch.ones(1, 5))
 

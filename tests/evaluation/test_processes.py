@@ -19,9 +19,11 @@ from fastssl.evaluation import (
     low_shot_split,
     rankme,
     sgd_probe,
+    shares,
     teacher_entropy,
     uniformity,
 )
+from fastssl.evaluation.encoder import Encoder
 from fastssl.evaluation.shares import broadcast_rows, gather_rows
 from tests.evaluation.test_finetune import WHAT, batches, encoder
 
@@ -122,6 +124,17 @@ def test_rows_come_in_order(gloo_pool, dtype, group_by_name):
         assert torch.equal(parts, expected) and torch.equal(gathered, expected)
 
 
+def gathered():
+    rows = torch.arange(7 if dist.get_rank() else 2)
+    with mock.patch.object(shares, "_CHUNK", 3):
+        return gather_rows(rows)
+
+
+def test_ranks_with_more_rows_than_a_chunk_cut_alike(gloo_pool):
+    for rows in gloo_pool.run(gathered, 2):
+        assert rows.tolist() == [*range(2), *range(7)]
+
+
 def tuned(sizes_by_rank):
     """Every rank takes its part of each of the batches that one process has whole."""
     whole = batches([12, 12, 6], 0)
@@ -152,3 +165,30 @@ def test_fine_tuning_on_ranks_equals_one_process(gloo_pool):
         assert got == accuracy
         assert torch.equal(others, results[0][1])
         torch.testing.assert_close(others, parameters, rtol=1e-9, atol=1e-11)
+
+
+def tuned_with_batch_norm(sizes_by_rank):
+    whole = batches([12, 12, 6, 0, 1], 0)
+    rank = dist.get_rank()
+    train = []
+    for i, (x, y) in enumerate(whole):
+        start = sum(sizes[i] for sizes in sizes_by_rank[:rank])
+        part = slice(start, start + sizes_by_rank[rank][i])
+        train.append((x[part].double(), y[part]))
+    test = [(x.double(), y) for x, y in batches([100], 1)]
+    torch.manual_seed(3)
+    layers = [torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU()]
+    model = Encoder(torch.nn.Sequential(*layers, torch.nn.Linear(8, 8)).double())
+    model._run = lambda function, images: function(images)  # in float64
+    model = model.trainable_copy()
+    options = FineTuneOptions(lr=0.02, epochs=2, warmup_epochs=0)
+    accuracy = fine_tune(model, train, test, **WHAT, options=options)
+    return accuracy, torch.cat([v.detach().double().flatten() for v in model.state_dict().values()])
+
+
+def test_batch_norm_of_fine_tuning_is_over_all_ranks(gloo_pool):
+    ((accuracy, state),) = gloo_pool.run(tuned_with_batch_norm, 1, [(12, 12, 6, 0, 1)])
+    results = gloo_pool.run(tuned_with_batch_norm, 2, [(4, 5, 6, 0, 1), (8, 7, 0, 0, 0)])
+    for got, others in results:
+        assert got == accuracy
+        torch.testing.assert_close(others, state, rtol=1e-8, atol=1e-10)
