@@ -28,7 +28,7 @@ def first_gradients(config):
     """Loss of the first step, this rank's indices, and every gradient, whole."""
     with distributed.session("cpu") as world:
         train_set, _ = setup.datasets(config)
-        method, _ = setup.method_and_optimizer(config, world)
+        method, _ = setup.method_and_optimizer(config, world, setup.datasets(config)[0])
         batches = iter(setup.loader(config, train_set, world, 0))
         losses, indices, noises, images = [], [], [], []
         for micro_batch in range(config.train.accumulation):
@@ -74,10 +74,10 @@ def ddp_gradients(config, rank, world_size):
     """Gradients of this rank's slice of the first global batch, under torch's own DDP if any."""
     alone = World(rank=0, size=1, device=torch.device("cpu"))
     train_set, _ = setup.datasets(config)
-    method, _ = setup.method_and_optimizer(config, alone)
+    method, _ = setup.method_and_optimizer(config, alone, train_set)
     batch = next(iter(setup.loader(config, train_set, alone, 0)))
     parts = [tensor.chunk(world_size)[rank] for tensor in (batch.images, batch.index)]
-    batch = replace(batch, images=parts[0], index=parts[1], labels=None)
+    batch = replace(batch, views=(parts[0],), index=parts[1])
     model = method if world_size == 1 else DistributedDataParallel(method)
     model(batch)["loss"].backward()
     return {name: p.grad for name, p in method.named_parameters() if p.requires_grad}
@@ -141,7 +141,7 @@ def test_parameters_after_training_are_those_of_one_process(
 
 def sharded_after_features(config):
     with distributed.session("cpu") as world:
-        method, _ = setup.method_and_optimizer(config, world)
+        method, _ = setup.method_and_optimizer(config, world, setup.datasets(config)[0])
         with torch.no_grad():
             features = method.features(torch.ones(2, 3, 16, 16))
         distributed.reshard(method)
@@ -162,7 +162,7 @@ def test_each_rank_holds_its_share_also_after_a_forward_without_backward(
 
 def drawn_after_setup(config):
     with distributed.session("cpu") as world:
-        method, _ = setup.method_and_optimizer(config, world)
+        method, _ = setup.method_and_optimizer(config, world, setup.datasets(config)[0])
         return whole(method.model.cls_token.detach()), torch.rand(4)
 
 
