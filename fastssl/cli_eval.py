@@ -257,7 +257,6 @@ def _of_run(folder: Path, image_size: int | None, world: World) -> Subject:
     import torch
 
     from fastssl.evaluation.encoder import Encoder
-    from fastssl.methods import build_method
     from fastssl.models import load_pretrained
     from fastssl.training import config as configuration
     from fastssl.training import setup
@@ -272,17 +271,7 @@ def _of_run(folder: Path, image_size: int | None, world: World) -> Subject:
     size = config.views.image_size
     views = setup.kinds_of_views(config)
     try:
-        method = build_method(
-            config.method.name,
-            model=config.model.name,
-            model_args=config.model.args,
-            args=config.method.args,
-            image_size=size,
-            views=views,
-            num_samples=_num_samples(config.method.args),
-            num_steps=max(config.train.steps, 1),
-            seed=config.seed,
-        )
+        method = setup.method_of(config, num_samples=_num_samples(config.method.args))
     except (TypeError, AttributeError) as error:
         raise ValueError(f"{folder / 'config.yaml'} must describe a method: {error}") from error
     load_pretrained(method.model, folder / "weights.pth", strict=True)

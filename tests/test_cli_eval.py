@@ -383,15 +383,15 @@ def error_of(words):
 
 def test_the_encoder_is_all_that_is_built_in_full(run, tmp_path, monkeypatch):
     """A run on millions of samples needs no bank for them, and more prototypes than usual fit."""
-    from fastssl import methods
+    from fastssl.training import setup
 
-    build, numbers = methods.build_method, []
+    build, numbers = setup.build_method, []
 
     def watched(*args, num_samples, **kwargs):
         numbers.append(num_samples)
         return build(*args, num_samples=num_samples, **kwargs)
 
-    monkeypatch.setattr(methods, "build_method", watched)
+    monkeypatch.setattr(setup, "build_method", watched)
     for name in ("config.yaml", "weights.pth"):
         (tmp_path / name).write_bytes((run / name).read_bytes())
     state = tmp_path / "checkpoints" / "latest" / "state.json"

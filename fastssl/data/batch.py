@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fastssl import functional as F
+
 
 @dataclass
 class Batch:
@@ -36,6 +38,11 @@ class Batch:
     def images(self) -> Tensor:
         """The first view, for those who ask for one."""
         return self.views[0]
+
+    def uniforms(self, num: int, *, seed: int, stream: int) -> Tensor:
+        """[B, num] float32 of [0, 1), a function of the samples, the epoch and the view."""
+        key = {"seed": seed, "epoch": self.epoch, "view": self.view, "stream": stream}
+        return F.keyed_uniform(self.index, num, **key)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on `device`."""

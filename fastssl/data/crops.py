@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from fastssl.data.batch import Batch
 from fastssl.data.digits import Digits
 from fastssl.data.folder import ImageFiles
 from fastssl.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Box, RandomResizedCrop
-from fastssl.data.views import View
+from fastssl.data.views import View, see_through
 
 
 @dataclass(frozen=True)
@@ -78,32 +78,13 @@ class PretrainingCrops(Dataset[Batch]):
 
     def __getitem__(self, request: Request) -> Batch:
         """The views of the samples that the request names, each uint8 [B, 3, H, W]."""
-        uniforms = [
-            F.keyed_uniform(
-                request.indices,
-                view.num_uniforms,
-                seed=self.seed,
-                epoch=request.epoch,
-                view=request.view * len(self.views) + number,
-                stream=F.STREAM_CROP,
-            )
-            for number, view in enumerate(self.views)
-        ]
-        numbers = [draws.tolist() for draws in uniforms]
-        regions = self._region_uniforms(request.indices)
-        crops: list[list[Tensor]] = [[] for _ in self.views]
-        for row, index in enumerate(request.indices.tolist()):
-            position, image = self.files.read_or_next(index % len(self.files))
-            whole = (0, 0, image.width, image.height)
-            box = left_half(image) if position in self.held_out else whole
-            if self.region is not None:
-                box = self.region.box(box, regions[row])
-            # One picture at a time: a batch of them may not fit in memory.
-            for view, draws, done in zip(self.views, numbers, crops, strict=True):
-                done.append(view.crop(image, box, draws[row]))
-        views = tuple(
-            view.color(torch.stack(done), draws)
-            for view, done, draws in zip(self.views, crops, uniforms, strict=True)
+        _, views = see_through(
+            self.views,
+            self._images(request.indices),
+            request.indices,
+            seed=self.seed,
+            epoch=request.epoch,
+            view=request.view,
         )
         # A worker's own list reaches the main process with its batches.
         new = dict(list(self.files.skipped.items())[self._num_reported :])
@@ -117,13 +98,17 @@ class PretrainingCrops(Dataset[Batch]):
             skipped=new or None,
         )
 
-    def _region_uniforms(self, indices: Tensor) -> list[list[float]]:
-        if self.region is None:
-            return []
-        draws = F.keyed_uniform(
-            indices, self.region.num_uniforms, seed=self.seed, stream=F.STREAM_REGION
-        )
-        return draws.tolist()
+    def _images(self, indices: Tensor) -> Iterator[tuple[int, Image.Image, Box]]:
+        """(row, picture, the part of it that the sample is)."""
+        if self.region is not None:
+            regions = F.keyed_uniform(
+                indices, self.region.num_uniforms, seed=self.seed, stream=F.STREAM_REGION
+            ).tolist()
+        for row, index in enumerate(indices.tolist()):
+            position, image = self.files.read_or_next(index % len(self.files))
+            whole = (0, 0, image.width, image.height)
+            box = left_half(image) if position in self.held_out else whole
+            yield row, image, box if self.region is None else self.region.box(box, regions[row])
 
     def describe(self) -> str:
         """One line for the log."""

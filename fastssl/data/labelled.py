@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Protocol
@@ -21,7 +21,7 @@ from fastssl.data.decode import BrokenImage
 from fastssl.data.digits import Digits
 from fastssl.data.folder import ImageFiles, list_images
 from fastssl.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Box
-from fastssl.data.views import View
+from fastssl.data.views import View, see_through
 
 # Folders beside train, of what is judged on; the first that is there counts.
 _JUDGED = ("val", "valid", "validation", "test")
@@ -131,34 +131,9 @@ class LabelledImages(Dataset[Batch]):
 
     def __getitem__(self, request: Request) -> Batch:
         """Those samples of the request that can be read; each view is uint8 [B, 3, H, W]."""
-        uniforms = [
-            F.keyed_uniform(
-                request.indices,
-                view.num_uniforms,
-                seed=self.seed,
-                epoch=request.epoch,
-                view=number,
-                stream=F.STREAM_CROP,
-            )
-            for number, view in enumerate(self.views)
-        ]
-        numbers = [draws.tolist() for draws in uniforms]
-        rows: list[int] = []
-        crops: list[list[Tensor]] = [[] for _ in self.views]
-        for row, position in enumerate(self.positions[request.indices].tolist()):
-            try:
-                image = self.images.read(position)
-            except BrokenImage:
-                continue
-            rows.append(row)
-            # One picture at a time: a batch of them may not fit in memory.
-            for view, draws, done in zip(self.views, numbers, crops, strict=True):
-                done.append(view.crop(image, (0, 0, image.width, image.height), draws[row]))
-        views = tuple(
-            view.color(torch.stack(done), draws[rows])
-            if rows
-            else torch.empty(0, 3, *view.size, dtype=torch.uint8)
-            for view, done, draws in zip(self.views, crops, uniforms, strict=True)
+        images = self._images(request.indices)
+        rows, views = see_through(
+            self.views, images, request.indices, seed=self.seed, epoch=request.epoch
         )
         index = request.indices[rows]
         labels = None if self.labels is None else self.labels[index]
@@ -166,6 +141,14 @@ class LabelledImages(Dataset[Batch]):
         new = dict(list(self.images.skipped.items())[self._num_reported :])
         self._num_reported = len(self.images.skipped)
         return Batch(views, index, request.epoch, labels=labels, skipped=new or None)
+
+    def _images(self, indices: Tensor) -> Iterator[tuple[int, Image.Image, Box]]:
+        for row, position in enumerate(self.positions[indices].tolist()):
+            try:
+                image = self.images.read(position)
+            except BrokenImage:
+                continue
+            yield row, image, (0, 0, image.width, image.height)
 
 
 def build_labelled(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastssl import functional as F
 from fastssl.data.color import apply_to_rows, color_jitter, gaussian_blur, solarize, to_grey
 from fastssl.data.transforms import Box, RandomResizedCrop
 from fastssl.kernels.common.checks import check_int, check_shape, check_tensor
@@ -148,3 +149,45 @@ class View:
         low = uniforms.new_tensor([max(0.0, 1 - s) for s in strengths] + [-self.hue])
         high = uniforms.new_tensor([1 + s for s in strengths] + [self.hue])
         return low + uniforms * (high - low)
+
+
+def see_through(
+    views: Sequence[View],
+    images: Iterable[tuple[int, Image.Image, Box]],
+    indices: Tensor,
+    *,
+    seed: int,
+    epoch: int = 0,
+    view: int = 0,
+) -> tuple[list[int], tuple[Tensor, ...]]:
+    """Every view of every image: the rows that came, and for each view uint8 [rows, 3, H, W].
+
+    views: in place of a `View` whatever has its size, num_uniforms, crop and color.
+    images: (row, image, the part of it to use), row being a place in `indices`, some may be left
+        out. Taken one at a time: a batch of pictures may not fit in memory.
+    indices: [B] int64; with seed, epoch and view, what the numbers of a sample are a function of.
+    """
+    uniforms = [
+        F.keyed_uniform(
+            indices,
+            one.num_uniforms,
+            seed=seed,
+            epoch=epoch,
+            view=view * len(views) + number,
+            stream=F.STREAM_CROP,
+        )
+        for number, one in enumerate(views)
+    ]
+    numbers = [draws.tolist() for draws in uniforms]
+    rows: list[int] = []
+    crops: list[list[Tensor]] = [[] for _ in views]
+    for row, image, region in images:
+        rows.append(row)
+        for one, draws, done in zip(views, numbers, crops, strict=True):
+            done.append(one.crop(image, region, draws[row]))
+    return rows, tuple(
+        one.color(torch.stack(done), draws[rows])
+        if rows
+        else torch.empty(0, 3, *one.size, dtype=torch.uint8)
+        for one, done, draws in zip(views, crops, uniforms, strict=True)
+    )

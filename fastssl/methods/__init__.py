@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -34,7 +34,6 @@ from fastssl.methods.simclr import SimCLR
 from fastssl.methods.simsiam import SimSiam
 from fastssl.methods.swav import SwAV
 from fastssl.methods.vicreg import VICReg
-from fastssl.models import load_pretrained
 
 METHODS: dict[str, type[Method]] = {
     "mae": MAE,
@@ -110,42 +109,34 @@ def build_method(
     *,
     model: str,
     model_args: Mapping[str, Any] | None = None,
-    weights: str | None = None,
-    grad_checkpointing: bool = False,
     args: Mapping[str, Any] | None = None,
     image_size: int | Sequence[int] = 224,
     views: Sequence[View] | None = None,
     num_samples: int = 1,
     steps_per_epoch: int = 1,
-    num_steps: int = 1,
     seed: int = 0,
+    prepare: Callable[[nn.Module], None] | None = None,
 ) -> Method:
     """The method `name` around the encoder `model`: see `method_class` and `build_encoder`.
 
     Args:
-        weights: file of released weights for the encoder.
-        grad_checkpointing: whether the encoder keeps each block's input only.
         args: the method's keywords.
         image_size: the images' side or (height, width).
-        views: see `Setting`, like the rest. None: the method's own.
+        views: see `Setting`, like what follows. None: the method's own.
+        prepare: called with the encoder, of which the method may make copies.
 
     Raises:
         ValueError: a name, a keyword or a combination that does not exist.
     """
     method = method_class(name)
     encoder = _encoder(method, model, dict(model_args or {}), image_size)
-    if weights is not None:
-        load_pretrained(encoder, weights)
-    if grad_checkpointing:
-        if not hasattr(encoder, "set_grad_checkpointing"):
-            raise ValueError(f"train.grad_checkpointing: {model} has no blocks to checkpoint")
-        encoder.set_grad_checkpointing()
+    if prepare is not None:
+        prepare(encoder)
     setting = Setting(
         encoder,
         make_views(method, image_size) if views is None else tuple(views),
         num_samples,
         steps_per_epoch,
-        num_steps,
         seed,
     )
     return construct(method, name, setting, args or {})

@@ -20,7 +20,7 @@ class Setting:
     encoder: [B, C, H, W] -> [B, D] when called; the method owns it.
     views: the kinds of views of a batch, in their order.
     num_samples: a batch's `index` is below it.
-    steps_per_epoch, num_steps: optimizer steps.
+    steps_per_epoch: optimizer steps.
     seed: of every random number that is keyed by sample.
     """
 
@@ -28,7 +28,6 @@ class Setting:
     views: tuple[View, ...] = (View((224, 224)),)
     num_samples: int = 1
     steps_per_epoch: int = 1
-    num_steps: int = 1
     seed: int = 0
 
     @property

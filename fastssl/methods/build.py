@@ -17,6 +17,7 @@ from torch import nn
 from fastssl import models
 from fastssl.data.views import View
 from fastssl.methods.base import Method, Setting
+from fastssl.models.vit import pair
 
 Size = int | Sequence[int]
 # The keyword by which a factory whose name begins so takes the size of the images.
@@ -32,11 +33,6 @@ _SIZE_KEYWORDS = {
 }
 # What has a classifier unless told otherwise.
 _CLASSIFIERS = ("hiera", "Hiera", "resnet", "ResNet", "xcit", "XCiT")
-
-
-def pair(size: Size) -> tuple[int, int]:
-    """(height, width) of an int, or of two."""
-    return (size, size) if isinstance(size, int) else (size[0], size[-1])
 
 
 def find_method(name: str, known: Mapping[str, type[Method]]) -> type[Method]:
@@ -74,9 +70,9 @@ def make_views(
     views = []
     for group in groups:
         keywords = {**group, **base} if own else {**base, **group}
-        keywords["size"] = pair(keywords.get("size", image_size))
         keywords = {k: tuple(v) if isinstance(v, list) else v for k, v in keywords.items()}
         try:
+            keywords["size"] = pair("size", keywords.get("size", image_size))
             views.append(View(**keywords))
         except (TypeError, ValueError) as error:
             raise ValueError(f"views.groups: {error}") from error
@@ -105,7 +101,7 @@ def build_encoder(
             keywords = {"num_classes": 0} | keywords
         for prefix, keyword in _SIZE_KEYWORDS.items():
             if name.startswith(prefix):
-                keywords = {keyword: pair(image_size)} | keywords
+                keywords = {keyword: pair("image_size", image_size)} | keywords
                 break
     else:
         names = ", ".join(models.FACTORIES)
@@ -118,10 +114,10 @@ def build_encoder(
 
 def construct(method: type[Method], name: str, setting: Setting, args: Mapping[str, Any]) -> Method:
     """`method(setting, **args)`, with errors that speak of the configuration."""
-    allowed = list(inspect.signature(method.__init__).parameters.values())[2:]
-    unknown = sorted(set(args) - {p.name for p in allowed})
-    if unknown and not any(p.kind is p.VAR_KEYWORD for p in allowed):
-        names = ", ".join(p.name for p in allowed) or "none"
+    allowed = _keywords(method)
+    unknown = sorted(set(args) - set(allowed))
+    if unknown:
+        names = ", ".join(allowed) or "none"
         raise ValueError(f"method.args of {name} are {names}; got {', '.join(unknown)}")
     if not isinstance(setting.encoder, method.encoder_type):
         types = method.encoder_type
@@ -139,6 +135,19 @@ def construct(method: type[Method], name: str, setting: Setting, args: Mapping[s
                 f"views.groups: the encoder does not take {view.size}: {error}"
             ) from error
     return method(setting, **args)
+
+
+def _keywords(method: type[Method]) -> list[str]:
+    """Keywords of a method, and of what it derives from where it passes others on."""
+    names: list[str] = []
+    for cls in method.__mro__:
+        if "__init__" not in vars(cls):
+            continue
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        names += [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in names]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return names
 
 
 def _timm(name: str) -> Callable[..., nn.Module]:
@@ -177,7 +186,7 @@ def import_named(key: str, name: str, expected: str) -> Any:
 @functools.cache
 def _module_of(path: Path) -> types.ModuleType:
     """A file as a module, executed once, under a name that no other module has."""
-    spec = importlib.util.spec_from_file_location(f"_fastssl_user_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(str(path.with_suffix("")), path)
     module = importlib.util.module_from_spec(spec)
     # Dataclasses look their module up there.
     sys.modules[spec.name] = module

@@ -42,6 +42,8 @@ class ClusteringMethod(Method):
     each batch, as in SwAV. A sample that has not come by yet, being one of the few that do not fill
     a batch in an epoch, has no embedding (its row in memory is 0) and the assignment -1, and counts
     0 in the loss.
+
+    hidden_dim, output_dim: of the projection head. n_prototypes, num_heads: K and H.
     """
 
     views = SWAV
@@ -52,12 +54,12 @@ class ClusteringMethod(Method):
         setting: Setting,
         name: str,
         *,
-        hidden_dim: int,
-        output_dim: int,
-        n_prototypes: int,
-        num_heads: int,
-        temperature: float,
-        crops_for_assign: Sequence[int],
+        hidden_dim: int = 2048,
+        output_dim: int = 128,
+        n_prototypes: int = 3000,
+        num_heads: int = 3,
+        temperature: float = 0.1,
+        crops_for_assign: Sequence[int] = (0, 1),
     ) -> None:
         super().__init__()
         check_views(setting, name, 1, at_least=True)
@@ -74,6 +76,7 @@ class ClusteringMethod(Method):
                 f"got {n_prototypes}"
             )
         self.n_prototypes, self.num_heads = n_prototypes, num_heads
+        self.output_dim = output_dim
         self.temperature, self.crops_for_assign = temperature, list(crops_for_assign)
         self.steps_per_epoch, self.seed = setting.steps_per_epoch, setting.seed
         self.model = setting.encoder

@@ -55,6 +55,26 @@ def check_views(setting: Setting, method: str, number: int, *, at_least: bool = 
         )
 
 
+def check_ratio(mask_ratio: float) -> None:
+    """ValueError unless something is hidden, and something is not."""
+    if not 0 < mask_ratio < 1:
+        raise ValueError(f"method.args.mask_ratio must be between 0 and 1, got {mask_ratio}")
+
+
+def rotations(images: Tensor) -> Tensor:
+    """[B, C, S, S] -> [4, B, C, S, S], turned anticlockwise by 0, 90, 180 and 270 degrees."""
+    return torch.stack([images.rot90(turns, (2, 3)) for turns in range(4)])
+
+
+def cut(images: Tensor, corners: Tensor, size: int) -> Tensor:
+    """[B, C, H, W] and upper left corners [B, P, 2], (row, column), int64 -> [B, P, C, size, size]:
+    squares of each image."""
+    inside = torch.arange(size, device=images.device)
+    rows, columns = (corners[..., None] + inside).unbind(2)  # [B, P, size]
+    image = torch.arange(len(images), device=images.device)[:, None, None, None]
+    return images.movedim(1, 3)[image, rows[..., :, None], columns[..., None, :]].movedim(4, 2)
+
+
 class TeacherMethod(Method):
     """A method whose `teacher` follows its `student`, a module of the same make, once per step.
 

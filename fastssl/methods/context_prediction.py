@@ -9,7 +9,7 @@ from fastssl import functional as F
 from fastssl.data import Batch
 from fastssl.kernels.common.checks import check_int
 from fastssl.methods.base import Method, Setting
-from fastssl.methods.common import check_views, encode, num_features
+from fastssl.methods.common import check_views, cut, encode, num_features
 
 COLORS = ("drop", "project", "none")
 _NUM_PLACES = 7  # the neighbour, the grid's row and column, two patches' shifts in both
@@ -79,11 +79,7 @@ class ContextPrediction(Method):
     def patches(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Neighbours [B] and the patches [B, 2, C, p, p], with what `color` does to them."""
         neighbour, corners = self.places(batch)
-        inside = torch.arange(self.patch_size, device=corners.device)
-        rows, columns = (corners[..., None] + inside).unbind(2)  # [B, 2, p]
-        image = torch.arange(len(batch), device=corners.device)[:, None, None, None]
-        pixels = batch.images.movedim(1, 3)[image, rows[..., :, None], columns[..., None, :]]
-        patches = pixels.movedim(4, 2)
+        patches = cut(batch.images, corners, self.patch_size)
         if self.color == "drop":
             patches = self._drop(patches, batch)
         elif self.color == "project":
@@ -112,14 +108,7 @@ class ContextPrediction(Method):
         return patches - share[:, :, None] * magenta[:, None, None]
 
     def _uniforms(self, batch: Batch, num: int) -> Tensor:
-        return F.keyed_uniform(
-            batch.index,
-            num,
-            seed=self.seed,
-            epoch=batch.epoch,
-            view=batch.view,
-            stream=F.STREAM_METHOD,
-        )
+        return batch.uniforms(num, seed=self.seed, stream=F.STREAM_METHOD)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         neighbour, patches = self.patches(batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,38 +40,17 @@ class DeepClusterV2(ClusteringMethod):
     samples, which are keyed by seed, epoch and head, so that heads differ. Before the first
     clustering the centroids are random.
 
-    hidden_dim, output_dim: of the projection head. n_prototypes, num_heads: K and H.
     num_iters: of k-means.
     """
 
     centroids: Tensor
 
-    def __init__(
-        self,
-        setting: Setting,
-        *,
-        hidden_dim: int = 2048,
-        output_dim: int = 128,
-        n_prototypes: int = 3000,
-        num_heads: int = 3,
-        temperature: float = 0.1,
-        crops_for_assign: Sequence[int] = (0, 1),
-        num_iters: int = 10,
-    ) -> None:
-        super().__init__(
-            setting,
-            "deepcluster_v2",
-            hidden_dim=hidden_dim,
-            output_dim=output_dim,
-            n_prototypes=n_prototypes,
-            num_heads=num_heads,
-            temperature=temperature,
-            crops_for_assign=crops_for_assign,
-        )
+    def __init__(self, setting: Setting, *, num_iters: int = 10, **options: Any) -> None:
+        super().__init__(setting, "deepcluster_v2", **options)
         check_int("num_iters", num_iters, 1)
         self.num_iters = num_iters
-        rows = torch.arange(num_heads * n_prototypes)
-        uniform = F.keyed_uniform(rows, output_dim, seed=self.seed, stream=F.STREAM_METHOD)
+        rows = torch.arange(self.num_heads * self.n_prototypes)
+        uniform = F.keyed_uniform(rows, self.output_dim, seed=self.seed, stream=F.STREAM_METHOD)
         self.register_buffer("centroids", normalize(uniform - 0.5, dim=1))
 
     def weight(self) -> Tensor:

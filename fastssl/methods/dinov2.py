@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -13,6 +13,14 @@ from fastssl.methods.base import Setting
 from fastssl.methods.ibot import iBOT
 from fastssl.methods.views import DINOV2 as VIEWS
 from fastssl.optim.schedules import Schedule
+
+# Where DINOv2 is not iBOT.
+DEFAULTS = {
+    "out_dim": 65536,
+    "patch_out_dim": 65536,
+    "shared_head": False,
+    "centering": "sinkhorn_knopp",
+}
 
 
 class DINOv2(iBOT):
@@ -31,41 +39,8 @@ class DINOv2(iBOT):
         "teacher_momentum": Schedule(0.994, final=1.0),
     }
 
-    def __init__(
-        self,
-        setting: Setting,
-        *,
-        out_dim: int = 65536,
-        patch_out_dim: int = 65536,
-        shared_head: bool = False,
-        hidden_dim: int = 2048,
-        bottleneck_dim: int = 256,
-        norm_last_layer: bool = True,
-        mask_ratio: Sequence[float] = (0.1, 0.5),
-        mask_probability: float = 0.5,
-        patch_weight: float = 1.0,
-        koleo_weight: float = 0.1,
-        student_temp: float = 0.1,
-        center_momentum: float = 0.9,
-        centering: str = "sinkhorn_knopp",
-        fused_head: bool = True,
-    ) -> None:
-        super().__init__(
-            setting,
-            out_dim=out_dim,
-            patch_out_dim=patch_out_dim,
-            shared_head=shared_head,
-            hidden_dim=hidden_dim,
-            bottleneck_dim=bottleneck_dim,
-            norm_last_layer=norm_last_layer,
-            mask_ratio=mask_ratio,
-            mask_probability=mask_probability,
-            patch_weight=patch_weight,
-            student_temp=student_temp,
-            center_momentum=center_momentum,
-            centering=centering,
-            fused_head=fused_head,
-        )
+    def __init__(self, setting: Setting, *, koleo_weight: float = 0.1, **options: Any) -> None:
+        super().__init__(setting, **{**DEFAULTS, **options})
         self.koleo = KoLeoLoss()
         self.koleo_weight = koleo_weight
 

@@ -13,7 +13,8 @@ from fastssl import functional as F
 from fastssl import models
 from fastssl.data import Batch
 from fastssl.methods.base import Method, Setting
-from fastssl.methods.mae import check_ratio, unmask
+from fastssl.methods.common import check_ratio
+from fastssl.methods.mae import unmask
 
 
 class HieraMAE(Method):
@@ -31,14 +32,8 @@ class HieraMAE(Method):
 
     def noise(self, batch: Batch) -> Tensor:
         """[B, U] uniform numbers; the units with the smallest stay visible."""
-        return F.keyed_uniform(
-            batch.index,
-            math.prod(self.model.units_shape(batch.images.shape[2:])),
-            seed=self.seed,
-            epoch=batch.epoch,
-            view=batch.view,
-            stream=F.STREAM_MASK,
-        )
+        num_units = math.prod(self.model.units_shape(batch.images.shape[2:]))
+        return batch.uniforms(num_units, seed=self.seed, stream=F.STREAM_MASK)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         loss, *_ = self.model(batch.images, self.mask_ratio, noise=self.noise(batch))

@@ -11,6 +11,7 @@ from fastssl import functional as F
 from fastssl import models
 from fastssl.data import Batch
 from fastssl.methods.base import Method, Setting
+from fastssl.methods.common import check_ratio
 from fastssl.methods.mae_targets import build_target
 
 
@@ -23,11 +24,6 @@ def unmask(patches: Tensor, pred: Tensor, removed: Tensor, norm_pix_loss: bool) 
         mean, var = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
         pred = pred * (var + 1e-6).sqrt() + mean
     return pred.to(patches.dtype).where(removed.unsqueeze(-1), patches)
-
-
-def check_ratio(mask_ratio: float) -> None:
-    if not 0 < mask_ratio < 1:
-        raise ValueError(f"method.args.mask_ratio must be between 0 and 1, got {mask_ratio}")
 
 
 class MAE(Method):
@@ -68,14 +64,7 @@ class MAE(Method):
     def noise(self, batch: Batch) -> Tensor:
         """[B, N] uniform numbers; the patches with the smallest stay visible."""
         rows, columns = self.model.patch_embed.grid_size(batch.images.shape[2:])
-        return F.keyed_uniform(
-            batch.index,
-            rows * columns,
-            seed=self.seed,
-            epoch=batch.epoch,
-            view=batch.view,
-            stream=F.STREAM_MASK,
-        )
+        return batch.uniforms(rows * columns, seed=self.seed, stream=F.STREAM_MASK)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         pred, mask = self.model.predict(batch.images, self.mask_ratio, self.noise(batch))

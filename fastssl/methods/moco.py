@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -98,20 +98,5 @@ class MoCoV1(MoCo):
 
     views = MOCO_V1
 
-    def __init__(
-        self,
-        setting: Setting,
-        *,
-        output_dim: int = 128,
-        queue_size: int = 65536,
-        temperature: float = 0.07,
-        shuffle_bn: bool = False,
-    ) -> None:
-        super().__init__(
-            setting,
-            mlp=False,
-            output_dim=output_dim,
-            queue_size=queue_size,
-            temperature=temperature,
-            shuffle_bn=shuffle_bn,
-        )
+    def __init__(self, setting: Setting, **options: Any) -> None:
+        super().__init__(setting, **{"mlp": False, "temperature": 0.07, **options})

@@ -12,8 +12,7 @@ from fastssl.data import Batch
 from fastssl.data.masks import msn_keep
 from fastssl.losses import MSNLoss
 from fastssl.methods.base import Setting
-from fastssl.methods.common import TeacherMethod, num_features
-from fastssl.methods.mae import check_ratio
+from fastssl.methods.common import TeacherMethod, check_ratio, num_features
 from fastssl.methods.self_distillation import Network, check_global_views, class_tokens
 from fastssl.methods.views import MSN as VIEWS
 from fastssl.models import VisionTransformer

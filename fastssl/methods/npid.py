@@ -51,14 +51,7 @@ class NPID(Method):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         features = self.model(batch.images)
         embedding = self.head(features)
-        uniforms = F.keyed_uniform(
-            batch.index,
-            self.bank.num_uniforms,
-            seed=self.seed,
-            epoch=batch.epoch,
-            view=batch.view,
-            stream=F.STREAM_METHOD,
-        )
+        uniforms = batch.uniforms(self.bank.num_uniforms, seed=self.seed, stream=F.STREAM_METHOD)
         (loss,) = self.bank(batch.index, uniforms, embedding)
         self.bank.collect(batch.index, embedding)
         return {"loss": loss, "features": features.detach(), **self.bank.stats(loss)}

@@ -14,7 +14,7 @@ from fastssl.kernels.common.checks import check_int
 from fastssl.losses.common import check_fraction
 from fastssl.methods.bank_contrast import BankContrast
 from fastssl.methods.base import Method, Setting
-from fastssl.methods.common import check_views, encode, num_features
+from fastssl.methods.common import check_views, cut, encode, num_features, rotations
 from fastssl.methods.views import MOCO_V1
 
 PRETEXTS = ("jigsaw", "rotation")
@@ -32,19 +32,14 @@ def jigsaw_patches(images: Tensor, uniforms: Tensor, patch_size: int) -> Tensor:
         cell = side // _SIDE
         corners.append((where * (cell - patch_size + 1)).long())
     number = torch.arange(_PATCHES, device=images.device)
-    pixels = torch.arange(patch_size, device=images.device)
     top = corners[0] + number // _SIDE * (images.shape[2] // _SIDE)
     left = corners[1] + number % _SIDE * (images.shape[3] // _SIDE)
-    rows = (top[:, :, None] + pixels)[:, :, :, None]
-    columns = (left[:, :, None] + pixels)[:, :, None, :]
-    samples = torch.arange(len(images), device=images.device)[:, None, None, None]
-    return images[samples, :, rows, columns].movedim(-1, 2)
+    return cut(images, torch.stack([top, left], dim=2), patch_size)
 
 
 def rotate(images: Tensor, uniforms: Tensor) -> Tensor:
     """Each image [C, S, S] turned by 0, 90, 180 or 270 degrees, as its number in [0, 1) says."""
-    turned = torch.stack([images.rot90(turns, (2, 3)) for turns in range(4)])
-    return turned[(uniforms * 4).long(), torch.arange(len(images), device=images.device)]
+    return rotations(images)[(uniforms * 4).long(), torch.arange(len(images), device=images.device)]
 
 
 class PIRL(Method):
@@ -101,14 +96,8 @@ class PIRL(Method):
         )
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        uniforms = F.keyed_uniform(
-            batch.index,
-            3 * _PATCHES + self.bank.num_uniforms,
-            seed=self.seed,
-            epoch=batch.epoch,
-            view=batch.view,
-            stream=F.STREAM_METHOD,
-        )
+        num = 3 * _PATCHES + self.bank.num_uniforms
+        uniforms = batch.uniforms(num, seed=self.seed, stream=F.STREAM_METHOD)
         pretext, negatives = uniforms.tensor_split([3 * _PATCHES], dim=1)
         embed = self.embed_jigsaw if self.pretext == "jigsaw" else self.embed_rotation
         features, transformed = embed(*batch.views, pretext)

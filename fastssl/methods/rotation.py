@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fastssl import functional as F
 from fastssl.data import Batch
 from fastssl.methods.base import Method, Setting
-from fastssl.methods.common import check_views, num_features
+from fastssl.methods.common import check_views, num_features, rotations
 
 
 class Rotation(Method):
@@ -33,12 +33,11 @@ class Rotation(Method):
     def rotated(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Images [4 * B or B, C, S, S] and the quarter turns, anticlockwise, of each."""
         images, size = batch.images, len(batch)
-        copies = torch.stack([images.rot90(turns, (2, 3)) for turns in range(4)])
+        copies = rotations(images)
         if self.all_rotations:
             turns = torch.arange(4, device=images.device).repeat_interleave(size)
             return copies.flatten(0, 1), turns
-        key = {"seed": self.seed, "epoch": batch.epoch, "view": batch.view}
-        uniform = F.keyed_uniform(batch.index, 1, stream=F.STREAM_METHOD, **key)
+        uniform = batch.uniforms(1, seed=self.seed, stream=F.STREAM_METHOD)
         turns = (4 * uniform[:, 0]).long()
         return copies[turns, torch.arange(size, device=images.device)], turns
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -26,7 +26,6 @@ class SeLA(ClusteringMethod):
 
     A rank holds the scores of its share of the samples meanwhile, N / W * K floats.
 
-    hidden_dim, output_dim: of the projection head. n_prototypes, num_heads: K and H.
     epsilon, sinkhorn_iterations: of the assignment. The paper's lambda is 1 / epsilon, and it
         iterates until nothing changes.
     """
@@ -35,29 +34,15 @@ class SeLA(ClusteringMethod):
         self,
         setting: Setting,
         *,
-        hidden_dim: int = 2048,
-        output_dim: int = 128,
-        n_prototypes: int = 3000,
-        num_heads: int = 3,
-        temperature: float = 0.1,
-        crops_for_assign: Sequence[int] = (0, 1),
         epsilon: float = 0.05,
         sinkhorn_iterations: int = 100,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            setting,
-            "sela",
-            hidden_dim=hidden_dim,
-            output_dim=output_dim,
-            n_prototypes=n_prototypes,
-            num_heads=num_heads,
-            temperature=temperature,
-            crops_for_assign=crops_for_assign,
-        )
+        super().__init__(setting, "sela", **options)
         check_positive(epsilon=epsilon)
         check_int("sinkhorn_iterations", sinkhorn_iterations, 1)
         self.epsilon, self.sinkhorn_iterations = epsilon, sinkhorn_iterations
-        self.prototypes = SwAVPrototypes(output_dim, num_heads * n_prototypes)
+        self.prototypes = SwAVPrototypes(self.output_dim, self.num_heads * self.n_prototypes)
         self.prototypes.normalize_()
 
     def weight(self) -> Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from fastssl import distributed
@@ -17,6 +19,7 @@ from fastssl.data.loader import CropsDataset, Loader, build_loader, num_samples,
 from fastssl.data.views import View
 from fastssl.distributed import World
 from fastssl.methods import Method, build_method, make_views, method_class
+from fastssl.models import load_pretrained
 from fastssl.nn import SyncBatchNorm
 from fastssl.optim import build_adamw, build_lamb, build_lars, build_sgd, scale_lr
 from fastssl.training.config import Config
@@ -137,24 +140,43 @@ def position(config: Config, train_set: PretrainingCrops) -> dict[str, int]:
     }
 
 
+def method_of(config: Config, **options: Any) -> Method:
+    """What the configuration describes, as it is before training; `options` as in build_method."""
+    return build_method(
+        config.method.name,
+        model=config.model.name,
+        model_args=config.model.args,
+        args=config.method.args,
+        image_size=config.views.image_size,
+        views=kinds_of_views(config),
+        seed=config.seed,
+        **options,
+    )
+
+
 def method_and_optimizer(
     config: Config, world: World, train_set: PretrainingCrops
 ) -> tuple[Method, Optimizer]:
     """Weights by config.seed, the same on all ranks, then compiled and sharded as configured."""
+
+    def prepare(encoder: nn.Module) -> None:
+        if config.model.weights is not None:
+            report = load_pretrained(encoder, config.model.weights)
+            if world.is_main:
+                print(report)
+        if config.train.grad_checkpointing:
+            if not hasattr(encoder, "set_grad_checkpointing"):
+                raise ValueError(
+                    f"train.grad_checkpointing: {config.model.name} has no blocks to checkpoint"
+                )
+            encoder.set_grad_checkpointing()
+
     _seed(config.seed)
-    method = build_method(
-        config.method.name,
-        model=config.model.name,
-        model_args=config.model.args,
-        weights=config.model.weights,
-        grad_checkpointing=config.train.grad_checkpointing,
-        args=config.method.args,
-        image_size=config.views.image_size,
-        views=kinds_of_views(config),
+    method = method_of(
+        config,
         num_samples=num_samples(train_set, config.train.global_batch_size),
         steps_per_epoch=steps_per_epoch(train_set, config.train.global_batch_size),
-        num_steps=config.train.steps,
-        seed=config.seed,
+        prepare=prepare,
     )
     if world.size > 1:
         method = SyncBatchNorm.convert_sync_batchnorm(

@@ -67,7 +67,6 @@ def build(case: Case, **changes: Any) -> Method:
         "views": make_views(method_class(case.name), case.image_size, case.views),
         "num_samples": case.num_samples,
         "steps_per_epoch": case.num_samples // case.batch_size,
-        "num_steps": case.num_steps,
         "seed": 5,
     }
     return build_method(case.name, **(options | changes))

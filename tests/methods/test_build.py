@@ -97,9 +97,23 @@ def test_timm_is_asked_for_by_name(monkeypatch):
         build_encoder("timm:resnet18")
 
 
-def test_grad_checkpointing_needs_blocks():
-    with pytest.raises(ValueError, match=r"train.grad_checkpointing"):
-        build_method("simclr", model="tests.methods.checks:TinyEncoder", grad_checkpointing=True)
+def test_an_encoder_is_prepared_before_the_method_copies_it():
+    def prepare(encoder):
+        encoder.fc.bias.data.fill_(7.0)
+
+    method = build_method("byol", model="tests.methods.checks:TinyEncoder", prepare=prepare)
+    for network in (method.student, method.teacher):
+        assert (network[0].fc.bias == 7.0).all()
+
+
+def test_files_of_one_name_are_two_modules(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.py").write_text(f"{MINE}\nMine.place = {name!r}\n")
+    classes = [method_class(f"{tmp_path / name / 'mine.py'}:Mine") for name in ("a", "b")]
+    assert [c.place for c in classes] == ["a", "b"]
+    assert len({c.__module__ for c in classes}) == 2
+    assert method_class(f"{tmp_path / 'a' / 'mine.py'}:Mine") is classes[0]
 
 
 def test_the_wrong_kind_of_encoder_is_named():

@@ -5,10 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from fastssl.methods import build_method
 from fastssl.training import recipes
 from fastssl.training.config import Config, check, describe, dump, keys, load, nearest
-from fastssl.training.setup import kinds_of_views, scheduled
+from fastssl.training.setup import method_of, scheduled
 
 
 @pytest.fixture
@@ -159,15 +158,7 @@ def test_every_recipe_is_a_valid_configuration():
 def test_the_model_of_every_recipe_can_be_built(name):
     config = load(name)
     with torch.device("meta"):
-        method = build_method(
-            config.method.name,
-            model=config.model.name,
-            model_args=config.model.args,
-            image_size=config.views.image_size,
-            args=config.method.args,
-            views=kinds_of_views(config),
-            num_samples=2**14,
-        )
+        method = method_of(config, num_samples=2**14)
     assert sum(p.numel() for p in method.parameters()) > 1e5
 
 

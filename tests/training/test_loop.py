@@ -402,11 +402,12 @@ def test_a_second_signal_ends_a_process_alone_at_once(images, tmp_path, monkeypa
         signal.signal(signal.SIGINT, before)
 
 
-def test_weights_to_start_from_are_loaded(images, tmp_path):
+def test_weights_to_start_from_are_loaded(images, tmp_path, capsys):
     source = train(tiny_config(images, tmp_path, "name=source", "train.steps=2"))
     weights = source / "weights.pth"
     config = tiny_config(images, tmp_path, "seed=3", "train.steps=0", f"model.weights={weights}")
     folder = train(config)
+    assert f"tensors from {weights}" in capsys.readouterr().out
     kept, loaded = (torch.load(path / "weights.pth")["model"] for path in (source, folder))
     assert_same_tensors(kept, loaded)
     assert checkpoint.complete(folder / "checkpoints") == []
@@ -460,3 +461,15 @@ def test_labelled_images_judge_where_they_are_named(images, tmp_path):
     evals = lines_of(folder, "eval")
     assert [line["step"] for line in evals] == [0, 2]
     assert all(0 <= line["knn"] <= 100 for line in evals)
+
+
+def test_what_has_no_blocks_cannot_be_checkpointed(images, tmp_path):
+    with pytest.raises(ValueError, match=r"train.grad_checkpointing: .*TinyEncoder has no blocks"):
+        train(
+            tiny_config(
+                images,
+                tmp_path,
+                "train.grad_checkpointing=true",
+                model=["method={name: rotation}", "model.name=tests.methods.checks:TinyEncoder"],
+            )
+        )

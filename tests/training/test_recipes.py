@@ -5,9 +5,9 @@ import functools
 import pytest
 import torch
 
-from fastssl.methods import Method, build_method
+from fastssl.methods import Method
 from fastssl.training.config import Config, load
-from fastssl.training.setup import kinds_of_views, scheduled
+from fastssl.training.setup import kinds_of_views, method_of, scheduled
 
 NUM_IMAGES = 1281167  # of ImageNet-1k
 NUM_SAMPLES = 2**14  # of what is built here, since banks have their memory
@@ -73,17 +73,10 @@ def built(name: str) -> tuple[Config, Method]:
     """The recipe and its method, without memory for the parameters."""
     config = load(name)
     with torch.device("meta"):
-        return config, build_method(
-            config.method.name,
-            model=config.model.name,
-            model_args=config.model.args,
-            image_size=config.views.image_size,
-            args=config.method.args,
-            views=kinds_of_views(config),
+        return config, method_of(
+            config,
             num_samples=NUM_SAMPLES,
             steps_per_epoch=NUM_IMAGES // config.train.global_batch_size,
-            num_steps=config.train.steps,
-            seed=config.seed,
         )
 
 
