@@ -271,7 +271,7 @@ def load(recipe: str = DEFAULT_RECIPE, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(content, DictConfig):
         raise ValueError(f"{path} must hold keys and values, got {type(content).__name__}")
     updates = [(OmegaConf.to_container(content), False)]
-    if path.name == "config.yaml" and config.name == path.absolute().parent.name:
+    if path.name == "config.yaml" and content.get("name") == path.absolute().parent.name:
         # The file of a run means that run, wherever it is named from.
         updates.append(({"out": str(path.absolute().parent.parent)}, False))
     for override in overrides:

@@ -8,7 +8,12 @@ import torch
 from fastssl import distributed
 from fastssl.training import checkpoint
 from fastssl.training.loop import Run, train
-from tests.training.tiny import assert_same_tensors, saved_tensors, tiny_config
+from tests.training.tiny import (
+    assert_same_tensors,
+    saved_tensors,
+    tiny_config,
+    train_interrupted,
+)
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -56,20 +61,10 @@ def config_of(name, images, out, *overrides):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_resumed_is_bit_identical(images, tmp_path, name, monkeypatch):
+def test_resumed_is_bit_identical(images, tmp_path, name):
     straight = train(config_of(name, images, tmp_path, "name=straight"))
     config = config_of(name, images, tmp_path, "name=stopped")
-    real = Run.train_step
-
-    def stops_after_three(run):
-        if run.step == 3:
-            raise KeyError("the machine went away")
-        real(run)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyError):
-        patch.setattr(Run, "train_step", stops_after_three)
-        train(config)
-    resumed = train(config, resume=True)
+    resumed = train_interrupted(config, 3)
     ends = [checkpoint.complete(folder / "checkpoints")[-1] for folder in (straight, resumed)]
     assert_same_tensors(*(saved_tensors(end) for end in ends))
 

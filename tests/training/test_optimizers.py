@@ -10,7 +10,12 @@ from fastssl.optim import LAMB, LARS
 from fastssl.training import checkpoint, setup
 from fastssl.training.config import describe
 from fastssl.training.loop import Run, train
-from tests.training.tiny import assert_same_tensors, saved_tensors, tiny_config
+from tests.training.tiny import (
+    assert_same_tensors,
+    saved_tensors,
+    tiny_config,
+    train_interrupted,
+)
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -62,20 +67,10 @@ def test_mistakes_and_help(images, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_resumed_is_bit_identical(images, tmp_path, name, monkeypatch):
+def test_resumed_is_bit_identical(images, tmp_path, name):
     straight = train(tiny_config(images, tmp_path, "name=straight", *NAMES[name]))
     config = tiny_config(images, tmp_path, "name=stopped", *NAMES[name])
-    real = Run.train_step
-
-    def stops_after_three(run):
-        if run.step == 3:
-            raise KeyError("the machine went away")
-        real(run)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyError):
-        patch.setattr(Run, "train_step", stops_after_three)
-        train(config)
-    resumed = train(config, resume=True)
+    resumed = train_interrupted(config, 3)
     ends = [checkpoint.complete(folder / "checkpoints")[-1] for folder in (straight, resumed)]
     first, second = (saved_tensors(end) for end in ends)
     assert any(".momentum_buffer" in key or ".exp_avg_sq" in key for key in first)

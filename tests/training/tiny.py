@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from fastssl.training.config import Config, load
+from fastssl.training.loop import Run, train
 
 VIT = [
     "model.name=MaskedAutoencoderViT",
@@ -68,6 +70,21 @@ def saved_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     content = torch.load(file)
     file.unlink()
     return {f"{part}.{name}": t for part in content for name, t in content[part].items()}
+
+
+def train_interrupted(config: Config, step: int) -> Path:
+    """The folder of a run whose process died after `step` steps and that was then resumed."""
+    real = Run.train_step
+
+    def train_step(run: Run) -> None:
+        if run.step == step:
+            raise KeyError("the machine went away")
+        real(run)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(Run, "train_step", train_step)
+        train(config)
+    return train(config, resume=True)
 
 
 def assert_same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
