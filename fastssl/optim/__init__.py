@@ -1,6 +1,7 @@
 """Optimizers, parameter groups, schedules by optimizer step, and the average of a teacher."""
 
 from fastssl.optim.adamw import build_adamw, set_hyperparameters
+from fastssl.optim.clip import clip_gradients
 from fastssl.optim.ema import EMA
 from fastssl.optim.lamb import LAMB, build_lamb
 from fastssl.optim.lars import LARS, build_lars
@@ -17,6 +18,7 @@ __all__ = [
     "build_lamb",
     "build_lars",
     "build_sgd",
+    "clip_gradients",
     "param_groups",
     "scale_lr",
     "set_hyperparameters",

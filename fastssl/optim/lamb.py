@@ -108,12 +108,13 @@ def build_lamb(
     betas: Sequence[float] = (0.9, 0.999),
     eps: float = 1e-6,
     layer_decay: float = 1.0,
+    fixed_lr: Sequence[str] = (),
 ) -> LAMB:
     """LAMB on the groups of `param_groups`; lr and weight decay come with every step.
 
     Built after `fully_shard`, its state is sharded like the parameters.
     """
-    groups = param_groups(module, layer_decay=layer_decay)
+    groups = param_groups(module, layer_decay=layer_decay, fixed_lr=fixed_lr)
     optimizer = LAMB(groups, 0.0, betas=tuple(betas), eps=eps)
     optimizer.make_state()
     return optimizer

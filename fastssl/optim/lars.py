@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -84,12 +84,13 @@ def build_lars(
     momentum: float = 0.9,
     trust_coefficient: float = 0.001,
     layer_decay: float = 1.0,
+    fixed_lr: Sequence[str] = (),
 ) -> LARS:
     """LARS on the groups of `param_groups`; lr and weight decay come with every step.
 
     Built after `fully_shard`, its state is sharded like the parameters.
     """
-    groups = param_groups(module, layer_decay=layer_decay)
+    groups = param_groups(module, layer_decay=layer_decay, fixed_lr=fixed_lr)
     optimizer = LARS(groups, 0.0, momentum=momentum, trust_coefficient=trust_coefficient)
     optimizer.make_state()
     return optimizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -30,13 +31,19 @@ def layer_id(name: str, num_layers: int) -> int:
     return 0 if _EMBEDDING.search(name) else num_layers + 1
 
 
-def param_groups(module: nn.Module, *, layer_decay: float = 1.0) -> list[dict]:
-    """Groups for an optimizer, one per combination of decay, depth and last layer.
+def param_groups(
+    module: nn.Module, *, layer_decay: float = 1.0, fixed_lr: Sequence[str] = ()
+) -> list[dict]:
+    """Groups for an optimizer, one per combination of decay, depth, last layer and fixed rate.
 
     Each group carries `decay` (bool), `lr_scale` (layer_decay ** distance from the output,
-    Clark et al., 2020, arXiv:2003.10555) and `last_layer` (bool: a module of that name), which
-    `set_hyperparameters` multiplies into the scheduled values. Parameters without gradient are
-    left out. Names are the official ones of ViT and Hiera, below any prefix.
+    Clark et al., 2020, arXiv:2003.10555), `last_layer` (bool: a module of that name) and
+    `fixed_lr` (bool: in one of the modules that are named so), by which `set_hyperparameters`
+    chooses from the scheduled values. Parameters without gradient are left out. Names are the
+    official ones of ViT and Hiera, below any prefix.
+
+    Raises:
+        ValueError: nothing to train, or no parameter in a module of `fixed_lr`.
     """
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     if not named:
@@ -47,11 +54,19 @@ def param_groups(module: nn.Module, *, layer_decay: float = 1.0) -> list[dict]:
         if not _OUTSIDE.search(n) and (m := _BLOCK.search(n)) is not None
     ]
     num_layers = max(depths, default=-1) + 1
+    for fixed in fixed_lr:
+        if not any(name.startswith(f"{fixed}.") for name, _ in named):
+            raise ValueError(f"fixed_lr must name modules that learn, got {fixed!r}")
     groups: dict[tuple, dict] = {}
     for name, parameter in named:
         scale = layer_decay ** (num_layers + 1 - layer_id(name, num_layers))
-        key = (decays(name, parameter), scale, bool(_LAST_LAYER.search(name)))
-        if key not in groups:
-            groups[key] = {"params": [], "decay": key[0], "lr_scale": key[1], "last_layer": key[2]}
-        groups[key]["params"].append(parameter)
+        is_fixed = name.startswith(tuple(f"{fixed}." for fixed in fixed_lr))
+        kind = {
+            "decay": decays(name, parameter),
+            "lr_scale": scale,
+            "last_layer": bool(_LAST_LAYER.search(name)),
+            "fixed_lr": is_fixed,
+        }
+        group = groups.setdefault(tuple(kind.values()), {"params": [], **kind})
+        group["params"].append(parameter)
     return list(groups.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-KINDS = ("cosine", "linear", "constant")
+KINDS = ("cosine", "linear", "constant", "steps")
 SCALINGS = ("linear", "sqrt", "none")
 
 
@@ -25,6 +25,7 @@ class Schedule:
         weight decay (DINO)         base=0.04, final=0.4
         teacher momentum (DINO)     base=0.996, final=1
         teacher temperature (DINO)  base=0.07, start=0.04, warmup_steps=37500, kind="constant"
+        learning rate (MoCo)        base=0.03, kind="steps", milestones=[600480, 800640]
         frozen last layer (DINO)    base=1, start=0, hold_steps=1250, kind="constant", as a factor
                                     of its learning rate
     """
@@ -34,7 +35,13 @@ class Schedule:
     final: float | None = _option(None, "value that the curve ends at; null: base")
     hold_steps: int = _option(0, "steps at `start` before the warm-up")
     warmup_steps: int = _option(0, "steps from `start` to `base`, in a straight line")
-    kind: str = _option("cosine", "curve from `base` to `final`", choices=KINDS)
+    kind: str = _option(
+        "cosine", "curve from `base` to `final`; steps: times `gamma` at milestones", choices=KINDS
+    )
+    milestones: list[int] = field(
+        default_factory=list, metadata={"help": "steps at which a schedule of kind steps falls"}
+    )
+    gamma: float = _option(0.1, "factor of each fall of a schedule of kind steps")
 
     def __call__(self, step: int, num_steps: int) -> float:
         if self.kind not in KINDS:
@@ -46,6 +53,8 @@ class Schedule:
             return self.start + (self.base - self.start) * (step - self.hold_steps) / (
                 self.warmup_steps
             )
+        if self.kind == "steps":
+            return self.base * self.gamma ** sum(step >= fall for fall in self.milestones)
         if self.kind == "constant" or self.final is None:
             return self.base
         progress = min((step - warm) / max(num_steps - warm, 1), 1.0)

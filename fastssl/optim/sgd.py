@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.optim import SGD
@@ -9,12 +11,18 @@ from torch.optim import SGD
 from fastssl.optim.param_groups import param_groups
 
 
-def build_sgd(module: nn.Module, *, momentum: float = 0.9, layer_decay: float = 1.0) -> SGD:
+def build_sgd(
+    module: nn.Module,
+    *,
+    momentum: float = 0.9,
+    layer_decay: float = 1.0,
+    fixed_lr: Sequence[str] = (),
+) -> SGD:
     """SGD on the groups of `param_groups`; lr and weight decay come with every step.
 
     Built after `fully_shard`, its state is sharded like the parameters.
     """
-    groups = param_groups(module, layer_decay=layer_decay)
+    groups = param_groups(module, layer_decay=layer_decay, fixed_lr=fixed_lr)
     # The fused kernel has no rule for sharded tensors.
     optimizer = SGD(groups, lr=0.0, momentum=momentum, weight_decay=0.0, foreach=True)
     # SGD makes its state at a parameter's first gradient, of which momentum times 0 and the

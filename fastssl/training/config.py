@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fastssl.methods import METHODS, method_class
+from fastssl.optim.clip import CLIPPED
 from fastssl.optim.schedules import SCALINGS, Schedule
 from fastssl.training import recipes
 
@@ -105,7 +106,11 @@ class OptimConfig:
     )
     lr_reference_batch: int = option(256, "global batch that schedules.lr.base is meant for")
     layer_decay: float = option(1.0, "factor of the learning rate from one block to the one below")
-    clip_grad: float | None = option(None, "largest norm of the whole gradient; null: no clipping")
+    fixed_lr: list[str] = option([], "modules of the method whose learning rate stays at its base")
+    clip_grad: float | None = option(None, "largest norm of the gradient; null: no clipping")
+    clip_grad_by: str = option(
+        "whole", "whose norm that is: the whole gradient's, or each parameter's", choices=CLIPPED
+    )
 
 
 @dataclass

@@ -8,13 +8,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from fastssl import distributed
 from fastssl.distributed import World
 from fastssl.evaluation import evaluate
-from fastssl.optim import set_hyperparameters
+from fastssl.optim import clip_gradients, set_hyperparameters
 from fastssl.training import checkpoint, messages, setup
 from fastssl.training.config import Config, check
 from fastssl.training.metrics import Clock, Log, Meter, peak_memory_mb
@@ -97,6 +95,7 @@ class Run:
             lr=values.pop("lr"),
             weight_decay=values.pop("weight_decay"),
             last_layer_lr=values.pop("last_layer_lr", 1.0),
+            fixed_lr=values.pop("fixed_lr", None),
         )
         method.before_step(values)
         self.bad_steps.remember()
@@ -112,7 +111,10 @@ class Run:
             (outputs["loss"] / accumulation).backward()
             for name, value in outputs.items():
                 totals[name] = totals.get(name, 0.0) + value.detach() / accumulation
-        totals["grad_norm"] = self._clip_gradient()
+        optim = self.config.optim
+        totals["grad_norm"] = clip_gradients(
+            method.parameters(), optim.clip_grad, by=optim.clip_grad_by
+        )
         self.step += 1
         if self.bad_steps.refuse(totals["loss"], totals["grad_norm"]):
             method.skip_step()
@@ -247,11 +249,3 @@ class Run:
         device = self.world.device
         enabled = setup.uses_bf16(self.config, device)
         return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
-
-    def _clip_gradient(self) -> Tensor:
-        """The norm of the whole gradient over all ranks, as it was before clipping."""
-        parameters = [p for p in self.method.parameters() if p.grad is not None]
-        norm = get_total_norm([p.grad for p in parameters])
-        if self.config.optim.clip_grad is not None:
-            clip_grads_with_norm_(parameters, self.config.optim.clip_grad, norm)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -199,17 +199,14 @@ def method_and_optimizer(
 def _optimizer(config: Config, method: Method) -> Optimizer:
     """The optimizer that config.optim names, on the method's parameters as they are sharded."""
     optim = config.optim
+    groups = {"layer_decay": optim.layer_decay, "fixed_lr": optim.fixed_lr}
     if optim.name == "sgd":
-        return build_sgd(method, momentum=optim.momentum, layer_decay=optim.layer_decay)
+        return build_sgd(method, momentum=optim.momentum, **groups)
     if optim.name == "lars":
-        return build_lars(
-            method,
-            momentum=optim.momentum,
-            trust_coefficient=optim.trust_coefficient,
-            layer_decay=optim.layer_decay,
-        )
+        trust = optim.trust_coefficient
+        return build_lars(method, momentum=optim.momentum, trust_coefficient=trust, **groups)
     build = build_lamb if optim.name == "lamb" else build_adamw
-    return build(method, betas=optim.betas, eps=optim.eps, layer_decay=optim.layer_decay)
+    return build(method, betas=optim.betas, eps=optim.eps, **groups)
 
 
 def scheduled(config: Config, step: int) -> dict[str, float]:
@@ -224,6 +221,8 @@ def scheduled(config: Config, step: int) -> dict[str, float]:
                 schedule.base, batch, scaling=optim.lr_scaling, reference=optim.lr_reference_batch
             )
             schedule = replace(schedule, base=base)
+            if optim.fixed_lr:
+                values["fixed_lr"] = base
         if schedule is not None:
             values[name] = schedule(step, config.train.steps)
     return values

@@ -148,3 +148,17 @@ def test_state_made_beforehand_gives_the_steps_of_plain_adamw():
 def test_a_module_without_trained_parameters_is_refused():
     with pytest.raises(ValueError, match="require a gradient"):
         param_groups(nn.ReLU())
+
+
+def test_a_fixed_rate_stays():
+    module = nn.ModuleDict({"model": nn.Linear(3, 3), "predictor": nn.Linear(3, 3)})
+    groups = by_name(module, fixed_lr=["predictor"])
+    assert {n for n, g in groups.items() if g["fixed_lr"]} == {"predictor.weight", "predictor.bias"}
+    optimizer = build_adamw(module, fixed_lr=["predictor"])
+    set_hyperparameters(optimizer, lr=0.1, weight_decay=0.0, fixed_lr=0.4)
+    assert {g["fixed_lr"]: g["lr"] for g in optimizer.param_groups} == {False: 0.1, True: 0.4}
+
+
+def test_a_fixed_rate_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="fixed_lr must name modules that learn, got 'predict'"):
+        param_groups(nn.ModuleDict({"predictor": nn.Linear(3, 3)}), fixed_lr=["predict"])

@@ -55,7 +55,9 @@ def test_warm_up_longer_than_the_run():
 
 
 def test_unknown_kind_is_named():
-    with pytest.raises(ValueError, match="kind must be one of cosine, linear, constant, got 'cos'"):
+    with pytest.raises(
+        ValueError, match="kind must be one of cosine, linear, constant, steps, got 'cos'"
+    ):
         Schedule(base=1.0, kind="cos")(0, 10)
 
 
@@ -77,3 +79,10 @@ def test_lr_scales_with_the_global_batch(scaling, batch, reference, expected):
 def test_unknown_scaling_is_named():
     with pytest.raises(ValueError, match="scaling must be one of linear, sqrt, none, got 'lin'"):
         scale_lr(1.0, 256, scaling="lin")
+
+
+def test_steps_divide_at_their_milestones():
+    schedule = Schedule(base=0.4, warmup_steps=2, kind="steps", milestones=[4, 6], gamma=0.5)
+    values = [schedule(s, 8) for s in range(8)]
+    assert values == pytest.approx([0.0, 0.2, 0.4, 0.4, 0.2, 0.2, 0.1, 0.1])
+    assert Schedule(base=0.4, kind="steps")(7, 8) == 0.4

@@ -91,7 +91,8 @@ def test_steps_and_learning_rate_are_those_of_the_run(name):
     at_peak = scheduled(config, warmup * per_epoch)["lr"]
     assert at_peak == pytest.approx(peak, rel=1e-6)
     first, last = (scheduled(config, step)["lr"] for step in (0, config.train.steps - 1))
-    assert last < 0.01 * peak or name == "dino_xcit_small", "the cosine has ended"
+    limit = 0.01 * peak * (1 + 1e-6)
+    assert last < limit or name == "dino_xcit_small", "the cosine has ended, or the last step"
     assert first < peak or not warmup
 
 
