@@ -11,6 +11,7 @@ def row(method="simclr", seed=0, knn=(50.0, 60.0), linear=(60.0, 65.0), std=(0.5
     measures = {"knn": knn, "linear": linear, "rankme": (10.0, 20.0), "feature_std": std}
     return {
         "method": method,
+        "data": "photos",
         "seed": seed,
         "recipe": methods.digest(methods.recipe_of(method)),
         "before": {name: values[0] for name, values in measures.items()},
@@ -55,7 +56,7 @@ def test_what_is_there_is_not_run_again(tmp_path, monkeypatch, capsys):
     methods.write(file, [row("simclr", 0)])
     ran = []
 
-    def run_method(method, seed):
+    def run_method(method, seed, data):
         ran.append((method, seed))
         if method == "dino":
             raise RuntimeError("dino, seed 0: it broke")
@@ -85,3 +86,19 @@ def test_every_method_has_a_small_recipe():
 def test_the_readme_shows_what_is_committed():
     content = methods.tables(methods.committed_results())
     assert report.update_readme("methods", content, report.README, check=True)
+
+
+def test_digits_are_judged_with_few_labels(tmp_path):
+    few = [
+        row(seed=i) | {"data": "digits", "before": {"low_shot_1": 40.0, "low_shot_5": 60.0}}
+        for i in range(2)
+    ]
+    rows = [r | {when: {**row()[when], **r["before"]} for when in ("before", "after")} for r in few]
+    for r, after in zip(rows, (50.0, 52.0), strict=True):
+        r["after"]["low_shot_1"] = after
+    assert methods.verdict(rows) == "rises"
+    assert "1 label before → after" in methods.table(rows) and "k-NN" not in methods.table(rows)
+    file = tmp_path / "rows.json"
+    methods.write(file, rows)
+    with pytest.raises(SystemExit):
+        methods.main(["simclr", "--json", str(file)])

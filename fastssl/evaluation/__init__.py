@@ -7,7 +7,7 @@ and, unless they get a group, `rankme` and `feature_std` are of the process's ow
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -52,6 +52,9 @@ __all__ = [
     "uniformity",
 ]
 
+# Splits of the low-shot measure: which samples are the few makes more of a difference than most.
+LOW_SHOT_SEEDS = range(10)
+
 
 def evaluate(
     features_fn: Callable[[Tensor], Tensor],
@@ -61,6 +64,7 @@ def evaluate(
     batch_size: int = 256,
     device: torch.device | str = "cpu",
     num_workers: int = 0,
+    labels_per_class: Sequence[int] = (),
 ) -> dict[str, float]:
     """Judge frozen features on held-out crops.
 
@@ -68,20 +72,29 @@ def evaluate(
         features_fn: normalised images [B, 3, H, W] on `device` -> [B, D]; in evaluation mode.
         eval_train: what k-NN and the probe learn from.
         eval_test: what they are tested on.
+        labels_per_class: how few labels of each class a probe more each learns from.
 
     Returns:
-        knn, linear: accuracy in percent on `eval_test`; rankme, feature_std: of its features. All
-        are nan where a feature is not finite.
+        knn, linear: accuracy in percent on `eval_test`; rankme, feature_std: of its features;
+        low_shot_<n>: of a linear probe with n labels of each class, the mean over `LOW_SHOT_SEEDS`.
+        All are nan where a feature is not finite.
     """
     where = {"device": device, "num_workers": num_workers}
     train, train_labels = extract_features(features_fn, eval_train, batch_size, **where)
     test, test_labels = extract_features(features_fn, eval_test, batch_size, **where)
     if not (train.isfinite().all() and test.isfinite().all()):
-        return dict.fromkeys(("knn", "linear", "rankme", "feature_std"), float("nan"))
+        few = [f"low_shot_{n}" for n in labels_per_class]
+        return dict.fromkeys(("knn", "linear", "rankme", "feature_std", *few), float("nan"))
     sets = (train, train_labels, test, test_labels)
     return {
         "knn": knn_accuracy(*sets),
         "linear": linear_probe_accuracy(*sets),
         "rankme": rankme(test),
         "feature_std": feature_std(test),
+        **{f"low_shot_{n}": _low_shot(sets, n) for n in labels_per_class},
     }
+
+
+def _low_shot(sets: tuple[Tensor, Tensor, Tensor, Tensor], per_class: int) -> float:
+    few = {"per_class": per_class, "seeds": LOW_SHOT_SEEDS, "group": ""}
+    return low_shot_accuracy(*sets, **few)["linear"].mean

@@ -171,6 +171,9 @@ class EvalConfig:
     scale: list[float] = option([0.2, 0.5], "as views.scale, for the crops of the evaluation")
     crops: int = option(32, "crops of each half of an evaluated picture")
     max_images: int = option(200, "pictures in the evaluation; 0: none")
+    labels_per_class: list[int] = option(
+        [], "also judge by probes that learn from so few labels of each class, as [1, 5]"
+    )
     pictures: int = option(8, "rows of reconstructions.png")
 
 
@@ -384,6 +387,7 @@ def check(config: Config) -> None:
         "eval.batch_size": config.eval.batch_size,
         "eval.pictures": config.eval.pictures,
         "eval.crops": config.eval.crops,
+        "eval.labels_per_class": min(config.eval.labels_per_class, default=1),
         "optim.lr_reference_batch": config.optim.lr_reference_batch,
         "views.crops_per_image": 1 if views.crops_per_image is None else views.crops_per_image,
     }

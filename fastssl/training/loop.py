@@ -180,6 +180,7 @@ class Run:
                     batch_size=self.config.eval.batch_size,
                     device=self.world.device,
                     num_workers=self.config.loader.num_workers,
+                    labels_per_class=self.config.eval.labels_per_class,
                 )
                 self.log.write(self.step, "eval", scores)
                 self.log.say(messages.scores(self.step, scores))

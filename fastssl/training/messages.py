@@ -39,6 +39,8 @@ def introduction(config: Config, world: World, method: nn.Module, data: str, ste
 def scores(step: int, values: dict[str, float]) -> str:
     """One evaluation in a line."""
     parts = [f"{name} {values[key]:.1f} %" for key, name in _SCORES.items()]
+    few = {key.removeprefix("low_shot_"): v for key, v in values.items() if "low_shot_" in key}
+    parts += [f"with {number} labels a class {value:.1f} %" for number, value in few.items()]
     return f"step {step}: frozen features, held-out images: {', '.join(parts)}"
 
 

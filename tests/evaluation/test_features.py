@@ -49,6 +49,9 @@ def test_evaluate(halves):
     got = evaluate(colour_features, *halves)
     assert set(got) == {"knn", "linear", "rankme", "feature_std"}
     assert got["knn"] > 95 and got["linear"] > 95
+    few = evaluate(colour_features, *halves, labels_per_class=[1, 3])
+    assert set(few) == {*got, "low_shot_1", "low_shot_3"}
+    assert 50 < few["low_shot_1"] <= few["low_shot_3"], "six colours, told by one picture each"
     # Features that know nothing of the image: one in six.
     blind = evaluate(lambda x: torch.ones(len(x), 4), *halves)
     assert blind["knn"] == blind["linear"] == pytest.approx(100 / 6)
@@ -57,8 +60,8 @@ def test_evaluate(halves):
 
 
 def test_features_that_are_not_finite(halves):
-    got = evaluate(lambda x: colour_features(x) * math.inf, *halves)
-    assert all(math.isnan(value) for value in got.values()) and len(got) == 4
+    got = evaluate(lambda x: colour_features(x) * math.inf, *halves, labels_per_class=[1])
+    assert all(math.isnan(value) for value in got.values()) and len(got) == 5
 
 
 def test_rankme_counts_directions():
