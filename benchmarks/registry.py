@@ -24,7 +24,8 @@ class Case:
     name of a ratio to the contenders whose medians it divides: (baseline, ours). `bytes_moved` and
     `flops` are what the work itself needs, the roofline's numerator; a callable counts the FLOPs of
     each contender on some inputs. `op` names the op whose backend is recorded; `images` is the
-    batch of an end-to-end case.
+    batch of an end-to-end case. `independent` contenders draw random numbers of their own: only the
+    shapes of their results are compared.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Case:
     flops: int | Callable[[dict[str, Contender], tuple], dict[str, int]] = 0
     op: str | None = None
     images: int = 0
+    independent: tuple[str, ...] = ()
 
 
 def forward_only(function: Callable) -> Contender:
@@ -127,6 +129,7 @@ def all_cases(quick: bool = False) -> list[Case]:
     """Every case; `quick` ones are small and only show that everything runs."""
     from benchmarks import (
         cases_attention,
+        cases_augment,
         cases_contrastive,
         cases_dino,
         cases_distillation,
@@ -143,7 +146,7 @@ def all_cases(quick: bool = False) -> list[Case]:
 
     modules = (cases_masking, cases_dino, cases_sinkhorn, cases_contrastive, cases_gram)
     modules = (*modules, cases_optim, cases_attention, cases_pool, cases_mlp, cases_norm)
-    modules = (*modules, cases_steps, cases_distillation, cases_throughput)
+    modules = (*modules, cases_steps, cases_distillation, cases_throughput, cases_augment)
     return [case for module in modules for case in module.cases(quick)]
 
 

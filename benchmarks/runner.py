@@ -81,6 +81,8 @@ def check_agreement(case: Case, contenders: dict[str, Contender], inputs: Sequen
         if len(values) != len(results[first]):
             raise Disagreement(f"{case.name}: {name} and {first} return different things")
         for i, (actual, expected) in enumerate(zip(values, results[first], strict=True)):
+            if name in case.independent and actual.shape == expected.shape:
+                continue
             error = relative_error(actual, expected)
             if not error <= case.tolerance:
                 raise Disagreement(

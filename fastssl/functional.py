@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastssl.kernels.add_layer_norm import add_layer_norm
+from fastssl.kernels.augment_views import augment_views
 from fastssl.kernels.barlow_twins import barlow_twins
 from fastssl.kernels.common.checks import check_shape, check_tensor
 from fastssl.kernels.covariance_loss import covariance_loss
@@ -45,6 +46,7 @@ __all__ = [
     "STREAM_REGION",
     "STREAM_SHUFFLE",
     "add_layer_norm",
+    "augment_views",
     "barlow_twins",
     "covariance_loss",
     "dino_cross_entropy",
