@@ -164,7 +164,12 @@ def cuda_on_the_host(emulated, monkeypatch, poisoned_memory):
 
 # S, T, B, K, D, E: one of everything, primes, three blocks of whole vectors with a short last one,
 # more teacher than student views.
-SHAPES = [(2, 1, 1, 1, 1, 1), (3, 2, 5, 13, 7, 11), (4, 2, 3, 424, 40, 16), (2, 5, 2, 401, 8, 8)]
+SHAPES = [
+    (2, 1, 1, 1, 1, 1),
+    (3, 2, 5, 13, 7, 11),
+    (2, 5, 2, 401, 8, 8),
+    pytest.param((4, 2, 3, 424, 40, 16), marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

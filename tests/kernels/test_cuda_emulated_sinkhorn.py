@@ -138,8 +138,8 @@ CASES = [
     (1000, torch.bfloat16, 2),
     (1412, torch.float32, 4),
     (8 * 64 * 16 + 8, torch.bfloat16, 16),
-    (16 * 64 * 16 + 16, torch.float16, 16),
-    (16 * 64 * 16 + 4, torch.float32, 16),
+    pytest.param(16 * 64 * 16 + 16, torch.float16, 16, marks=pytest.mark.slow),
+    pytest.param(16 * 64 * 16 + 4, torch.float32, 16, marks=pytest.mark.slow),
     (77, torch.float32, 0),
     (300, torch.bfloat16, 0),
 ]
