@@ -3,8 +3,8 @@
 from fastssl.data.batch import Batch
 from fastssl.data.build import build_datasets
 from fastssl.data.decode import BrokenImage, decode_image
-from fastssl.data.folder import NoReadableImage
 from fastssl.data.loader import build_loader, steps_per_epoch
+from fastssl.data.pictures import NoReadableImage
 from fastssl.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 __all__ = [

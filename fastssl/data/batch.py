@@ -52,6 +52,11 @@ class Batch:
         """Called by the data loader's pinning thread."""
         return self._map(Tensor.pin_memory)
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Tell the allocator that `stream` uses the tensors, too."""
+        for tensor in (*self.views, self.index, *([] if self.labels is None else [self.labels])):
+            tensor.record_stream(stream)
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         return replace(
             self,

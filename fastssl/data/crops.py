@@ -12,8 +12,7 @@ from torch.utils.data import Dataset
 
 from fastssl import functional as F
 from fastssl.data.batch import Batch
-from fastssl.data.digits import Digits
-from fastssl.data.folder import ImageFiles
+from fastssl.data.pictures import Pictures
 from fastssl.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Box, RandomResizedCrop
 from fastssl.data.views import View, see_through
 
@@ -46,18 +45,20 @@ class PretrainingCrops(Dataset[Batch]):
     """Random views of the pictures of `files`, unlabelled.
 
     Sample i is of picture i mod len(files); any i >= 0 is valid, `len` is the number that makes up
-    an epoch. Of the pictures in `held_out` only the left half is used. With `region`, a smallest
-    and a largest share of the area, a sample is a fixed part of its picture, the same in every
-    epoch and view: few large pictures then make many samples that differ.
+    an epoch: `crops_per_image` times `repeats` of each picture, of which the repeats come in the
+    same global batch. Of the pictures in `held_out` only the left half is used. With `region`, a
+    smallest and a largest share of the area, a sample is a fixed part of its picture, the same in
+    every epoch and view: few large pictures then make many samples that differ.
     """
 
     def __init__(
         self,
-        files: ImageFiles | Digits,
+        files: Pictures,
         views: Sequence[View],
         *,
         seed: int = 0,
         crops_per_image: int = 1,
+        repeats: int = 1,
         region: tuple[float, float] | None = None,
         held_out: Collection[int] = (),
         mean: Sequence[float] = IMAGENET_MEAN,
@@ -68,13 +69,14 @@ class PretrainingCrops(Dataset[Batch]):
         self.seed = seed
         self.region = None if region is None else RandomResizedCrop((1, 1), region)
         self.crops_per_image = crops_per_image
+        self.repeats = repeats
         self.held_out = frozenset(held_out)
         self.mean = tuple(mean)
         self.std = tuple(std)
         self._num_reported = 0
 
     def __len__(self) -> int:
-        return len(self.files) * self.crops_per_image
+        return len(self.files) * self.crops_per_image * self.repeats
 
     def __getitem__(self, request: Request) -> Batch:
         """The views of the samples that the request names, each uint8 [B, 3, H, W]."""
@@ -127,7 +129,7 @@ class EvaluationCrops(Dataset[Batch]):
 
     def __init__(
         self,
-        files: ImageFiles,
+        files: Pictures,
         crop: RandomResizedCrop,
         positions: Sequence[int],
         *,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
+from collections.abc import Callable
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -54,22 +57,31 @@ def decode_image(path: str | os.PathLike[str], shortest_side: int | None = None)
         BrokenImage: the file is missing, truncated, no image, or larger than Pillow's
             decompression-bomb limit (twice `PIL.Image.MAX_IMAGE_PIXELS`).
     """
+    # A file object: given a path, Pillow maps an uncompressed file into memory, which jumbles a
+    # TIFF that its orientation tag turns by 90 degrees (seen in Pillow 13.0).
+    return _decode(lambda: open(path, "rb"), os.fspath(path), shortest_side)
+
+
+def decode_bytes(content: bytes, name: str, shortest_side: int | None = None) -> Image.Image:
+    """`decode_image` of what a file holds; BrokenImage has `name` for its path."""
+    return _decode(lambda: io.BytesIO(content), name, shortest_side)
+
+
+def _decode(opened: Callable[[], IO[bytes]], name: str, shortest_side: int | None) -> Image.Image:
     try:
-        # A file object: given a path, Pillow maps an uncompressed file into memory, which jumbles a
-        # TIFF that its orientation tag turns by 90 degrees (seen in Pillow 13.0).
-        with open(path, "rb") as file, Image.open(file) as image:
+        with opened() as file, Image.open(file) as image:
             if shortest_side is not None and isinstance(image, JpegImageFile):
                 _draft(image, shortest_side)
             image = _to_rgb(ImageOps.exif_transpose(image))
             image.load()
             return image
     except Image.DecompressionBombError as error:
-        raise BrokenImage(os.fspath(path), f"decompression bomb: {error}") from error
+        raise BrokenImage(name, f"decompression bomb: {error}") from error
     # Pillow's decoders raise nearly anything on a damaged file: OSError, SyntaxError, ValueError,
     # struct.error, IndexError, zlib.error, ... None of them is worth the run.
     except Exception as error:
         reason = str(error) or type(error).__name__
-        raise BrokenImage(os.fspath(path), reason) from error
+        raise BrokenImage(name, reason) from error
 
 
 def _draft(image: Image.Image, shortest_side: int) -> None:

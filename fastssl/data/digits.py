@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fastssl.data.pictures import Pictures
+
 _FILE = Path("datasets", "data", "digits.csv.gz")
 
 
-class Digits:
+class Digits(Pictures):
     """1797 grey images, 8 x 8, as RGB; `labels` [1797] int64.
 
     positions: which of them; None: all.
@@ -22,10 +24,8 @@ class Digits:
     The package is not imported, and nothing is downloaded. ImportError where it is missing.
     """
 
-    root = "scikit-learn's digits"
-
     def __init__(self, positions: Sequence[int] | None = None) -> None:
-        self.skipped: dict[str, str] = {}
+        super().__init__("scikit-learn's digits")
         spec = importlib.util.find_spec("sklearn")
         folder = Path() if spec is None else Path(next(iter(spec.submodule_search_locations)))
         if spec is None or not (folder / _FILE).is_file():
@@ -46,8 +46,5 @@ class Digits:
     def path(self, position: int) -> str:
         return f"digits/{position}"
 
-    def read_or_next(self, position: int) -> tuple[int, Image.Image]:
-        return position, self.read(position)
-
-    def read(self, position: int) -> Image.Image:
+    def _decode(self, position: int) -> Image.Image:
         return Image.fromarray(self._pixels[position]).convert("RGB")

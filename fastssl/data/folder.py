@@ -1,28 +1,37 @@
-"""Images of a folder of any depth, and reading them past broken files."""
+"""Images of a folder of any depth."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from fastssl.data.decode import BrokenImage, decode_image, image_extensions
+from fastssl.data.decode import decode_image, image_extensions
+from fastssl.data.index import Names, cache_file, write_whole
+from fastssl.data.pictures import Pictures
 
-# A small set of pictures is decoded once; of a large one, only a share stays in memory.
-_CACHE_BYTES = 64 * 2**20
-
-
-class NoReadableImage(ValueError):
-    """Not one file of the data can be read as an image."""
+# A shorter list is made again faster than it is worth a file.
+_WORTH_KEEPING = 10_000
+# A folder that changed within this time may change again under the same time stamp.
+_SETTLED_NS = 2 * 10**9
 
 
 def list_images(data: str | os.PathLike[str]) -> tuple[Path, list[str], dict[str, str]]:
+    """`find_images` with the files as a list of strings, for what is done to each of them."""
+    root, names, unreadable = find_images(data)
+    return root, list(names), unreadable
+
+
+def find_images(data: str | os.PathLike[str]) -> tuple[Path, Names, dict[str, str]]:
     """Every image file below a folder, by its extension in any case, at any depth.
 
     Hidden files and folders are left out. Links are followed; a folder reached twice is read once.
+    A long list is kept in the cache and read from there as long as no folder's time of change is
+    another.
 
     Returns:
         The folder; the files relative to it, sorted; {path: reason} of the subfolders that cannot
@@ -36,47 +45,104 @@ def list_images(data: str | os.PathLike[str]) -> tuple[Path, list[str], dict[str
         raise ValueError(f"data must be 'photos' or a folder of images; {root} does not exist")
     if not root.is_dir():
         raise ValueError(f"data must be 'photos' or a folder of images; {root} is a file")
-    extensions = image_extensions()
-    files: list[str] = []
-    unreadable: dict[str, str] = {}
-    seen: set[tuple[int, int]] = set()
-    stack = [root]
-    while stack:
-        folder = stack.pop()
-        status = folder.stat()
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        try:
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except OSError as error:
-            unreadable[str(folder)] = error.strerror or str(error)
-            continue
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            # os.path rather than the entry's methods: a link to itself is no error there.
-            if os.path.isdir(entry.path):
-                stack.append(Path(entry.path))
-            elif os.path.splitext(entry.name)[1].lower() in extensions:
-                # A dangling link is kept, to be reported as broken; a pipe would block.
-                if os.path.isfile(entry.path) or not os.path.exists(entry.path):
-                    files.append(os.path.relpath(entry.path, root))
+    kept = cache_file("folders", os.path.realpath(root))
+    names = _kept(root, kept)
+    if names is not None:
+        return root, names, {}
+    start = time.time_ns()
+    files, folders, unreadable = _walk(root)
     if not files:
         raise ValueError(
             f"data must be a folder with at least one image file; {root} has none "
-            f"(looked for {len(extensions)} extensions such as .jpg, .png, .webp, .tif)"
+            f"(looked for {len(image_extensions())} extensions such as .jpg, .png, .webp, .tif)"
         )
-    return root, sorted(files), unreadable
+    names = Names.of(sorted(files))
+    settled = max(folders.values()) < start - _SETTLED_NS
+    if len(names) >= _WORTH_KEEPING and settled and not unreadable:
+        _keep(kept, names, folders)
+    return root, names, unreadable
 
 
-class ImageFiles:
-    """A fixed list of image files, read by position.
+def _walk(root: Path) -> tuple[list[str], dict[str, int], dict[str, str]]:
+    """The files; {folder: its time of change in ns}, both relative to root; what is unreadable.
 
-    A broken file is replaced by the next readable one in the list, whichever process reads it,
-    so that a batch never depends on the number of workers. `skipped` maps each broken file met
-    by this process to the reason.
+    The kind of an entry comes with its folder's list; only links cost a look of their own.
     """
+    from tqdm import tqdm
+
+    extensions = image_extensions()
+    files: list[str] = []
+    folders: dict[str, int] = {}
+    unreadable: dict[str, str] = {}
+    seen: set[tuple[int, int]] = set()
+    stack = [""]
+    with tqdm(unit=" images", desc=f"listing {root}", delay=2, disable=None) as bar:
+        while stack:
+            prefix = stack.pop()
+            folder = root / prefix
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folders[prefix] = status.st_mtime_ns
+            before = len(files)
+            try:
+                entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+            except OSError as error:
+                unreadable[str(folder)] = error.strerror or str(error)
+                continue
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if _is_folder(entry):
+                    stack.append(f"{prefix}{entry.name}/")
+                elif os.path.splitext(entry.name)[1].lower() in extensions and _may_be_file(entry):
+                    files.append(prefix + entry.name)
+            bar.update(len(files) - before)
+    return files, folders, unreadable
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    # os.path rather than the entry's method: a link to itself is no error there.
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
+def _may_be_file(entry: os.DirEntry) -> bool:
+    if not entry.is_symlink():
+        return entry.is_file()
+    # A dangling link is kept, to be reported as broken; a pipe would block.
+    return os.path.isfile(entry.path) or not os.path.exists(entry.path)
+
+
+def _keep(kept: Path, names: Names, folders: dict[str, int]) -> None:
+    """One file: the bytes of names, the times of change, the folders; lengths first."""
+    of_folders = Names.of(folders).raw
+    lengths = np.array([len(names.raw), len(folders)], np.int64)
+    times = np.array(list(folders.values()), np.int64)
+    raw = np.concatenate([lengths.view(np.uint8), names.raw, times.view(np.uint8), of_folders])
+    try:
+        write_whole(kept, lambda stream: np.save(stream, raw))
+    except OSError:
+        pass  # a cache that cannot be written is done without
+
+
+def _kept(root: Path, kept: Path) -> Names | None:
+    """The names as they were kept, mapped into memory, if all folders are as they were."""
+    try:
+        raw = np.load(kept, mmap_mode="r")
+        length, num_folders = raw[:16].view(np.int64).tolist()
+        rest = raw[16 + length :]
+        times = rest[: 8 * num_folders].view(np.int64).tolist()
+        for folder, changed in zip(Names(rest[8 * num_folders :]), times, strict=True):
+            if os.stat(root / folder).st_mtime_ns != changed:
+                return None
+    except (OSError, ValueError, EOFError):
+        return None
+    return Names(raw[16 : 16 + length])
+
+
+class ImageFiles(Pictures):
+    """Image files by position; `files` are relative to `root`."""
 
     def __init__(
         self,
@@ -84,63 +150,14 @@ class ImageFiles:
         files: Sequence[str],
         shortest_side: int | None = None,
     ):
-        self.root = Path(root)
-        # One array of bytes: a list of a million strings would be copied into every worker as
-        # its reference counts change.
-        self._files = np.array([os.fsencode(file) for file in files])
-        self._shortest_side = shortest_side
-        self.skipped: dict[str, str] = {}
-        self._cache: dict[int, Image.Image] = {}
-        self._cached_bytes = 0
-        self._last: tuple[int, Image.Image] | None = None
-
-    def __getstate__(self) -> dict:
-        # Pixels are not worth sending to a worker that is spawned rather than forked.
-        return {**self.__dict__, "_cache": {}, "_cached_bytes": 0, "_last": None}
+        super().__init__(Path(root), shortest_side)
+        self._files = files if isinstance(files, Names) else Names.of(files)
 
     def __len__(self) -> int:
         return len(self._files)
 
     def path(self, position: int) -> str:
-        return str(self.root / os.fsdecode(self._files[position]))
+        return str(self.root / self._files[position])
 
-    def read(self, position: int) -> Image.Image:
-        """The RGB image at `position`. BrokenImage where it cannot be read."""
-        if position in self._cache:
-            return self._cache[position]
-        # Several crops of one picture are asked for in a row.
-        if self._last is not None and self._last[0] == position:
-            return self._last[1]
-        path = self.path(position)
-        if path in self.skipped:
-            raise BrokenImage(path, self.skipped[path])
-        try:
-            image = decode_image(path, self._shortest_side)
-        except BrokenImage as error:
-            self.skipped[path] = error.reason
-            raise
-        self._last = (position, image)
-        # Pillow keeps four bytes per RGB pixel.
-        size = 4 * image.width * image.height
-        if self._cached_bytes + size <= _CACHE_BYTES:
-            self._cache[position] = image
-            self._cached_bytes += size
-        return image
-
-    def read_or_next(self, position: int) -> tuple[int, Image.Image]:
-        """The first readable image from `position` on, round the end of the list, and where it is.
-
-        Raises:
-            NoReadableImage: there is none.
-        """
-        for step in range(len(self)):
-            candidate = (position + step) % len(self)
-            try:
-                return candidate, self.read(candidate)
-            except BrokenImage:
-                continue
-        reasons = "\n".join(f"  {p}: {r}" for p, r in list(self.skipped.items())[:5])
-        raise NoReadableImage(
-            f"data must hold at least one readable image; none of the {len(self)} image files in "
-            f"{self.root} can be read. The first of them:\n{reasons}"
-        )
+    def _decode(self, position: int) -> Image.Image:
+        return decode_image(self.path(position), self._shortest_side)

@@ -7,7 +7,8 @@ import ctypes
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -18,7 +19,8 @@ from torch.utils.data import DataLoader, Sampler
 
 from fastssl import functional as F
 from fastssl.data.batch import Batch
-from fastssl.data.crops import Request
+from fastssl.data.crops import PretrainingCrops, Request
+from fastssl.data.pictures import ShardWindow
 from fastssl.data.transforms import normalize
 
 
@@ -44,12 +46,29 @@ def steps_per_epoch(dataset: CropsDataset, global_batch_size: int) -> int:
     return num_samples(dataset, global_batch_size) // global_batch_size
 
 
-def epoch_permutation(num_samples: int, *, seed: int, epoch: int) -> Tensor:
-    """[num_samples] int64, the order of the samples in an epoch."""
-    samples = torch.arange(num_samples)
-    noise = F.keyed_uniform(samples, 2, seed=seed, epoch=epoch, stream=F.STREAM_SHUFFLE).double()
+def epoch_permutation(
+    num_samples: int, *, seed: int, epoch: int, window: ShardWindow | None = None
+) -> Tensor:
+    """[num_samples] int64, the order of the samples in an epoch.
+
+    window: shards take turns in a random order, and a sample comes at a random place among the
+        `num_open` turns that begin with its shard's; sample i is of picture i mod their number.
+    """
+    keys = _noise(num_samples, seed, epoch)
+    if window is not None:
+        starts = torch.from_numpy(window.starts)
+        turns = _noise(len(starts) - 1, seed, epoch, view=1).argsort(stable=True).argsort()
+        pictures = torch.arange(num_samples) % starts[-1]
+        keys = turns[torch.searchsorted(starts, pictures, right=True) - 1] + window.num_open * keys
+    return torch.argsort(keys, stable=True)
+
+
+def _noise(number: int, seed: int, epoch: int, view: int = 0) -> Tensor:
+    """[number] float64 of [0, 1)."""
+    key = {"seed": seed, "epoch": epoch, "view": view, "stream": F.STREAM_SHUFFLE}
+    noise = F.keyed_uniform(torch.arange(number), 2, **key).double()
     # A number has 24 bits, so that among thousands some are equal: two make 48.
-    return torch.argsort(noise[:, 0] + noise[:, 1] * 2.0**-24, stable=True)
+    return noise[:, 0] + noise[:, 1] * 2.0**-24
 
 
 class GlobalOrder(Sampler[Request]):
@@ -57,12 +76,12 @@ class GlobalOrder(Sampler[Request]):
 
     Step s takes positions [s' * G, (s' + 1) * G) of its epoch's permutation, s' being the step
     within the epoch; rank r of W the r-th contiguous slice of them; a micro-batch the next slice
-    of that. Nothing is remembered from one step to the next.
+    of that. The repeats of a sample follow it. Nothing is remembered from one step to the next.
     """
 
     def __init__(
         self,
-        dataset: CropsDataset,
+        dataset: PretrainingCrops,
         *,
         global_batch_size: int,
         num_steps: int,
@@ -78,6 +97,11 @@ class GlobalOrder(Sampler[Request]):
                 "global_batch_size must be a positive multiple of ranks x accumulation = "
                 f"{world_size} x {accumulation}, got {global_batch_size}"
             )
+        if global_batch_size % dataset.repeats:
+            raise ValueError(
+                f"global_batch_size must be a multiple of repeats = {dataset.repeats}, got "
+                f"{global_batch_size}"
+            )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
         if not 0 <= start_step <= num_steps:
@@ -88,6 +112,7 @@ class GlobalOrder(Sampler[Request]):
         self.steps = range(start_step, num_steps)
         self.rank, self.world_size, self.accumulation = rank, world_size, accumulation
         self.seed, self.view = seed, view
+        self.repeats, self.window = dataset.repeats, dataset.files.window
 
     def __len__(self) -> int:
         return len(self.steps) * self.accumulation
@@ -98,13 +123,18 @@ class GlobalOrder(Sampler[Request]):
         for step in self.steps:
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
             if epoch != order_epoch:
-                order = epoch_permutation(self.num_samples, seed=self.seed, epoch=epoch)
+                order = epoch_permutation(
+                    self.num_samples // self.repeats,
+                    seed=self.seed,
+                    epoch=epoch,
+                    window=self.window,
+                )
                 order_epoch = epoch
             start = step_in_epoch * self.global_batch_size
             start += self.rank * self.accumulation * micro_batch
             for _ in range(self.accumulation):
-                # A view would carry the whole epoch's order to the worker.
-                indices = order[start : start + micro_batch].clone()
+                places = torch.arange(start, start + micro_batch)
+                indices = order[places // self.repeats] + places % self.repeats * len(order)
                 yield Request(indices, epoch, self.view, step)
                 start += micro_batch
 
@@ -118,6 +148,7 @@ class Loader:
         requests: Sampler[Request],
         *,
         num_workers: int = 0,
+        prefetch: int = 2,
         device: torch.device | str = "cpu",
     ):
         self.device = torch.device(device)
@@ -129,6 +160,7 @@ class Loader:
             batch_size=None,
             sampler=requests,
             num_workers=num_workers,
+            prefetch_factor=prefetch if num_workers else None,
             collate_fn=_as_it_is,
             worker_init_fn=partial(_start_worker, done=self._done),
             pin_memory=self.device.type == "cuda",
@@ -144,10 +176,9 @@ class Loader:
         # Registered after multiprocessing's own, which terminates the workers, it comes before it.
         atexit.register(self._end)
         try:
-            for batch in self._loader:
+            # Pixels travel as bytes, a quarter of the floats, to this process and the GPU.
+            for batch in _moved(self._loader, self.device):
                 self.skipped.update(batch.skipped or {})
-                # Pixels travel as bytes, a quarter of the floats, to this process and the GPU.
-                batch = batch.to(self.device, non_blocking=True)
                 views = tuple(normalize(view, self.mean, self.std) for view in batch.views)
                 yield replace(batch, views=views)
         finally:
@@ -159,6 +190,32 @@ class Loader:
         atexit.unregister(self._end)
 
 
+def _moved(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches on `device`. To a GPU the next one is on its way while one is worked on."""
+    if device.type != "cuda":
+        yield from (batch.to(device) for batch in batches)
+        return
+    stream = torch.cuda.Stream(device)
+    ready = None
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            following = batch.to(device, non_blocking=True), stream.record_event()
+        if ready is not None:
+            yield _arrived(*ready)
+        ready = following
+    if ready is not None:
+        yield _arrived(*ready)
+
+
+def _arrived(batch: Batch, copied: torch.cuda.Event) -> Batch:
+    """For the current stream, which waits for this copy, not for the next."""
+    current = torch.cuda.current_stream(batch.index.device)
+    current.wait_event(copied)
+    # Its memory belongs to the other stream, which must not use it again before this one is done.
+    batch.record_stream(current)
+    return batch
+
+
 def _as_it_is(batch: Batch) -> Batch:
     return batch
 
@@ -166,6 +223,9 @@ def _as_it_is(batch: Batch) -> Batch:
 def _start_worker(worker_id: int, *, done: ctypes.c_bool) -> None:
     # More would compete with the other workers and with training for the same cores.
     torch.set_num_threads(1)
+    if arrow := sys.modules.get("pyarrow"):
+        arrow.set_cpu_count(1)
+        arrow.set_io_thread_count(1)
     # Ctrl-C, torchrun and schedulers signal every process. The main one decides: it still needs
     # batches to finish its step. Once it is done it must be obeyed, or it would wait for ever.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -173,7 +233,7 @@ def _start_worker(worker_id: int, *, done: ctypes.c_bool) -> None:
 
 
 def build_loader(
-    dataset: CropsDataset,
+    dataset: PretrainingCrops,
     *,
     global_batch_size: int,
     num_steps: int,
@@ -182,6 +242,7 @@ def build_loader(
     world_size: int = 1,
     accumulation: int = 1,
     num_workers: int = 0,
+    prefetch: int = 2,
     device: torch.device | str = "cpu",
     seed: int = 0,
     view: int = 0,
@@ -192,8 +253,10 @@ def build_loader(
     epoch is floor(N / G) global batches of G of the N samples; fewer than G samples are repeated,
     each time with crops and an index of their own, rather than refused.
 
+    prefetch: micro-batches that each worker has ready.
+
     Raises:
-        ValueError: global_batch_size is no multiple of world_size * accumulation.
+        ValueError: global_batch_size is no multiple of world_size * accumulation, or of repeats.
     """
     requests = GlobalOrder(
         dataset,
@@ -206,4 +269,4 @@ def build_loader(
         seed=seed,
         view=view,
     )
-    return Loader(dataset, requests, num_workers=num_workers, device=device)
+    return Loader(dataset, requests, num_workers=num_workers, prefetch=prefetch, device=device)

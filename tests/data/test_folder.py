@@ -2,13 +2,18 @@
 
 import os
 import pickle
+import shutil
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from fastssl.data import folder
 from fastssl.data.decode import BrokenImage
-from fastssl.data.folder import ImageFiles, NoReadableImage, list_images
+from fastssl.data.folder import ImageFiles, find_images, list_images
+from fastssl.data.index import Names
+from fastssl.data.pictures import NoReadableImage
 
 
 def save(path, value=0, size=(8, 8)):
@@ -130,7 +135,7 @@ def test_nothing_left(tmp_path):
 
 
 def test_memory_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr("fastssl.data.folder._CACHE_BYTES", 2 * 8 * 8 * 4)
+    monkeypatch.setattr("fastssl.data.pictures._CACHE_BYTES", 2 * 8 * 8 * 4)
     files = five_files(tmp_path, broken=())
     first = [files.read(i) for i in range(5)]
     again = [files.read(i) for i in range(5)]
@@ -151,3 +156,113 @@ def test_names_that_are_no_text(tmp_path):
     save(tmp_path / name, value=7)
     root, files, _ = list_images(tmp_path)
     assert value(ImageFiles(root, files).read(0)) == 7
+
+
+@pytest.mark.parametrize(
+    "names", [[], ["a"], ["", "b", "", "é" * 300, os.fsdecode(b"\xe9"), "line\nbreak"]]
+)
+def test_names(names):
+    kept = Names.of(names)
+    assert list(kept) == names and len(kept) == len(names)
+    assert list(pickle.loads(pickle.dumps(kept))) == names
+    for position in (-1, len(names)):
+        with pytest.raises(IndexError, match="position must be in"):
+            kept[position]
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """A folder of the size that is worth a file in the cache, which changed long ago."""
+    monkeypatch.setattr(folder, "_WORTH_KEEPING", 4)
+    for name in ("a.png", "b/c/d.png", "b/e.png", "f/notes.txt", "g.png"):
+        save(tmp_path / "data" / name)
+    settle(tmp_path / "data")
+    return tmp_path / "data"
+
+
+def settle(root, ago=60.0):
+    for path, _, _ in os.walk(root):
+        os.utime(path, (time.time() - ago,) * 2)
+
+
+@pytest.fixture
+def walks(monkeypatch):
+    """The folders that were walked through."""
+    walked, real = [], folder._walk
+    monkeypatch.setattr(folder, "_walk", lambda root: walked.append(root) or real(root))
+    return walked
+
+
+def test_a_long_list_is_made_once(large, walks):
+    first = find_images(large)
+    again = find_images(os.path.relpath(large))
+    assert walks == [large]
+    assert list(again[1]) == list(first[1]) == ["a.png", "b/c/d.png", "b/e.png", "g.png"]
+    assert again[2] == first[2] == {}
+    # What is kept is mapped, not read.
+    assert isinstance(again[1].raw.base, np.memmap)
+    assert value(ImageFiles(large, again[1]).read(3)) == 0
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "renamed", "folder removed", "in f"])
+def test_a_list_is_made_again_after_a_change(large, walks, change):
+    find_images(large)
+    expected = {"a.png", "b/c/d.png", "b/e.png", "g.png"}
+    if change == "added":
+        save(large / "b/c/new.png")
+        expected.add("b/c/new.png")
+    elif change == "removed":
+        (large / "b/e.png").unlink()
+        expected.remove("b/e.png")
+    elif change == "renamed":
+        (large / "b/c/d.png").rename(large / "b/c/z.png")
+        expected = expected - {"b/c/d.png"} | {"b/c/z.png"}
+    elif change == "folder removed":
+        shutil.rmtree(large / "b/c")
+        expected.remove("b/c/d.png")
+    else:
+        save(large / "f/h.png")
+        expected.add("f/h.png")
+    assert set(find_images(large)[1]) == expected and len(walks) == 2
+
+
+def test_a_list_that_may_still_change_or_is_not_whole_is_not_kept(large, walks, monkeypatch):
+    (large / "new").mkdir()
+    for _ in range(2):
+        find_images(large)
+    assert len(walks) == 2
+    settle(large)
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).rstrip("/").endswith("new"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    for _ in range(2):
+        assert find_images(large)[2] == {str(large / "new"): "Permission denied"}
+    assert len(walks) == 4
+
+
+def test_a_short_list_leaves_no_file(tmp_path, cache):
+    save(tmp_path / "data/a.png")
+    settle(tmp_path / "data")
+    find_images(tmp_path / "data")
+    assert not list(cache.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", None])
+def test_a_file_of_the_cache_that_was_cut_off_is_made_again(large, walks, cache, content):
+    find_images(large)
+    (kept,) = (cache / "folders").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-20] if content is None else content)
+    assert len(find_images(large)[1]) == 4 and len(walks) == 2
+    assert len(find_images(large)[1]) == 4 and len(walks) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(large, walks, monkeypatch):
+    monkeypatch.setenv("FASTSSL_CACHE", str(large / "a.png"))
+    for _ in range(2):
+        assert len(find_images(large)[1]) == 4
+    assert len(walks) == 2

@@ -1,9 +1,11 @@
 """Batches: the same global order for any number of ranks, micro-batches, workers and restarts."""
 
+import contextlib
 import multiprocessing
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -11,9 +13,11 @@ import torch
 from PIL import Image
 
 from fastssl import functional as F
+from fastssl.data.batch import Batch
 from fastssl.data.crops import PretrainingCrops
-from fastssl.data.folder import ImageFiles, NoReadableImage
-from fastssl.data.loader import build_loader, epoch_permutation, steps_per_epoch
+from fastssl.data.folder import ImageFiles
+from fastssl.data.loader import _moved, build_loader, epoch_permutation, steps_per_epoch
+from fastssl.data.pictures import NoReadableImage
 from fastssl.data.views import View
 
 NUM_FILES = 13
@@ -277,3 +281,73 @@ def test_batch_moves_all_its_tensors(folder):
     moved = batch.to("meta")
     assert {t.device.type for t in (moved.images, moved.index, moved.labels)} == {"meta"}
     assert (moved.epoch, moved.view) == (batch.epoch, batch.view)
+
+
+@pytest.mark.parametrize("prefetch", [1, 3])
+def test_each_worker_has_so_many_micro_batches_ready(folder, prefetch):
+    read = multiprocessing.get_context("fork").Value("i", 0)
+
+    class Counted(PretrainingCrops):
+        def __getitem__(self, request):
+            with read.get_lock():
+                read.value += 1
+            return super().__getitem__(request)
+
+    dataset = Counted(ImageFiles(folder, ["00.png"]), [View((8, 8))])
+    options = {"global_batch_size": 1, "num_steps": 50, "num_workers": 2, "prefetch": prefetch}
+    batches = iter(build_loader(dataset, **options))
+    next(batches)
+    # One has been taken, and asked for anew.
+    deadline = time.monotonic() + 20
+    while read.value < 2 * prefetch + 1 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert read.value == 2 * prefetch + 1
+    batches.close()
+
+
+def test_the_next_batch_is_copied_before_the_present_one_is_worked_on(folder, monkeypatch):
+    """The order of events on a GPU, with a stream that only writes down what it is asked."""
+    events = []
+
+    class Stream:
+        def __init__(self, device=None):
+            pass
+
+        def record_event(self):
+            return len(events)
+
+        def wait_event(self, event):
+            events.append(f"wait for {event}")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(Batch, "record_stream", lambda self, stream: None)
+    real = batches_of(folder, num_steps=3)
+    numbers = {id(batch): i for i, batch in enumerate(real)}
+
+    def copy(batch, device, non_blocking):
+        events.append(f"copy {numbers[id(batch)]}")
+        return batch
+
+    monkeypatch.setattr(Batch, "to", copy)
+    for batch in _moved(real, torch.device("cuda")):
+        events.append(f"work on {numbers[id(batch)]}")
+    assert events == [
+        *("copy 0", "copy 1", "wait for 1", "work on 0"),
+        *("copy 2", "wait for 2", "work on 1"),
+        *("wait for 5", "work on 2"),
+    ]
+    assert list(_moved([], torch.device("cuda"))) == []
+
+
+@pytest.mark.gpu
+def test_batches_on_a_gpu_are_those_on_the_cpu(folder):
+    for got, wanted in zip(
+        batches_of(folder, device="cuda", num_workers=2), batches_of(folder), strict=True
+    ):
+        # Memory that is used again too early shows when something is done in between.
+        torch.empty(2**24, device="cuda").fill_(1.0)
+        assert torch.equal(got.index.cpu(), wanted.index)
+        torch.testing.assert_close(got.images.cpu(), wanted.images)

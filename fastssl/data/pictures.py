@@ -1,0 +1,113 @@
+"""Pictures by position, whatever they lie in, and reading them past broken ones."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from fastssl.data.decode import BrokenImage
+
+# A small set of pictures is decoded once; of a large one, only a share stays in memory.
+_CACHE_BYTES = 64 * 2**20
+
+
+class NoReadableImage(ValueError):
+    """Not one picture of the data can be read as an image."""
+
+
+@dataclass(frozen=True)
+class ShardWindow:
+    """Of pictures that lie in shards: an epoch reads about `num_open` shards at a time.
+
+    starts: [S + 1] int64, the position of the first picture of each shard, then their number.
+    """
+
+    starts: np.ndarray
+    num_open: int
+
+
+class Pictures(ABC):
+    """A fixed list of pictures, read by position.
+
+    A broken picture is replaced by the next readable one in the list, whichever process reads it,
+    so that a batch never depends on the number of workers. `skipped` maps each broken one met by
+    this process to the reason.
+
+    root: where they are, for messages.
+    shortest_side: see `decode_image`.
+    window: None where any order is as good as another.
+    """
+
+    window: ShardWindow | None = None
+
+    def __init__(self, root: object, shortest_side: int | None = None):
+        self.root = root
+        self._shortest_side = shortest_side
+        self.skipped: dict[str, str] = {}
+        self._broken: dict[int, str] = {}
+        self._cache: dict[int, Image.Image] = {}
+        self._cached_bytes = 0
+        self._last: tuple[int, Image.Image] | None = None
+
+    def __getstate__(self) -> dict:
+        # Pixels are not worth sending to a worker that is spawned rather than forked.
+        return {**self.__dict__, "_cache": {}, "_cached_bytes": 0, "_last": None}
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def path(self, position: int) -> str:
+        """The name of a picture, for messages."""
+
+    @abstractmethod
+    def _decode(self, position: int) -> Image.Image:
+        """The RGB image at `position`. BrokenImage where it cannot be read."""
+
+    @property
+    def num_near(self) -> int:
+        """How many, from the first, can be picked from at random without fetching all there is."""
+        return len(self)
+
+    def read(self, position: int) -> Image.Image:
+        """The RGB image at `position`. BrokenImage where it cannot be read."""
+        if position in self._cache:
+            return self._cache[position]
+        # Several crops of one picture are asked for in a row.
+        if self._last is not None and self._last[0] == position:
+            return self._last[1]
+        if position in self._broken:
+            raise BrokenImage(self.path(position), self._broken[position])
+        try:
+            image = self._decode(position)
+        except BrokenImage as error:
+            self.skipped[error.path] = self._broken[position] = error.reason
+            raise
+        self._last = (position, image)
+        # Pillow keeps four bytes per RGB pixel.
+        size = 4 * image.width * image.height
+        if self._cached_bytes + size <= _CACHE_BYTES:
+            self._cache[position] = image
+            self._cached_bytes += size
+        return image
+
+    def read_or_next(self, position: int) -> tuple[int, Image.Image]:
+        """The first readable image from `position` on, round the end of the list, and where it is.
+
+        Raises:
+            NoReadableImage: there is none.
+        """
+        for step in range(len(self)):
+            candidate = (position + step) % len(self)
+            try:
+                return candidate, self.read(candidate)
+            except BrokenImage:
+                continue
+        reasons = "\n".join(f"  {p}: {r}" for p, r in list(self.skipped.items())[:5])
+        raise NoReadableImage(
+            f"data must hold at least one readable image; none of the {len(self)} image files in "
+            f"{self.root} can be read. The first of them:\n{reasons}"
+        )
