@@ -5,13 +5,14 @@ B images, U mask units in an image, K of them kept, u tokens in a unit, N = U * 
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import functional
+from fastssl.models.hub import HubModel
+from fastssl.models.norm_names import norm_layer_of
 from fastssl.nn import NormLayer, PatchEmbed, interpolate_pos_embed
 from fastssl.nn.checkpoint import BlockCheckpointing
 from fastssl.nn.mask_units import HieraBlock, UnitLayout
@@ -30,7 +31,7 @@ class Head(nn.Module):
         return x if self.training else x.softmax(dim=-1)
 
 
-class Hiera(nn.Module, BlockCheckpointing):
+class Hiera(nn.Module, BlockCheckpointing, HubModel):
     """Hierarchical vision transformer of global attention and attention within mask units.
 
     `input_size` is (H, W), or (T, H, W) with the other sizes in three dimensions as well. Inputs of
@@ -89,8 +90,7 @@ class Hiera(nn.Module, BlockCheckpointing):
         q_stride, mask_unit_size, *patch_sizes = _check_sizes(input_size, sizes)
         if sep_pos_embed and len(input_size) != 3:
             raise ValueError(f"sep_pos_embed needs input_size (T, H, W), got {tuple(input_size)}")
-        if isinstance(norm_layer, str):
-            norm_layer = partial(getattr(nn, norm_layer), eps=1e-6)
+        norm_layer = norm_layer_of(norm_layer)
         self.q_pool, self.sep_pos_embed = q_pool, sep_pos_embed
         self.head_init_scale = head_init_scale
 

@@ -8,7 +8,6 @@ N = U * t tokens predicted, D embedding, p = patch height * patch width * C.
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from fastssl import functional
 from fastssl.models.hiera import VIDEO, WIDTHS, Hiera, count_kept_units
+from fastssl.models.norm_names import norm_layer_of
 from fastssl.nn import Linear, NormLayer, interpolate_pos_embed
 from fastssl.nn.mask_units import HieraBlock, UnitLayout
 from fastssl.nn.norm import layer_norm
@@ -77,8 +77,7 @@ class MaskedAutoencoderHiera(Hiera):
         norm_pix_loss: bool = True,
         **kwargs,
     ) -> None:
-        if isinstance(norm_layer, str):
-            norm_layer = partial(getattr(nn, norm_layer), eps=1e-6)
+        norm_layer = norm_layer_of(norm_layer)
         shared = {"in_chans": in_chans, "patch_stride": patch_stride, "mlp_ratio": mlp_ratio}
         super().__init__(norm_layer=norm_layer, **kwargs | shared | {"num_classes": 0})
         del self.norm, self.head

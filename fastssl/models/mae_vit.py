@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import functional
+from fastssl.models.norm_names import norm_layer_of
 from fastssl.models.vit import Size, ViTEncoder
 from fastssl.nn import (
     LAYER_NORM,
@@ -45,10 +46,11 @@ class MaskedAutoencoderViT(ViTEncoder):
         decoder_depth: int = 8,
         decoder_num_heads: int = 16,
         mlp_ratio: float = 4.0,
-        norm_layer: NormLayer = nn.LayerNorm,
+        norm_layer: str | NormLayer = nn.LayerNorm,
         norm_pix_loss: bool = False,
         mask_in_encoder: bool = False,
     ) -> None:
+        norm_layer = norm_layer_of(norm_layer)
         super().__init__(
             img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, norm_layer
         )

@@ -1,38 +1,35 @@
-"""Load released weights: the checkpoint layouts of mae, hiera, dino and dinov2."""
+"""Load released weights: the checkpoint layouts of mae, hiera, dino, dinov2 and transformers."""
 
-import argparse
 import logging
 import os
-import pickle
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isqrt, prod
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
+from fastssl.models.checkpoint_files import read_tensors, some
 from fastssl.nn import interpolate_pos_embed
 
 logger = logging.getLogger("fastssl")
 
 Grid = tuple[int, ...]
 
-# Where the official files keep the weights, the first found wins: mae, hiera, dino and dinov2 (the
-# teacher is what they evaluate), and the plain trainers' name.
-CONTAINERS = ("model", "model_state", "teacher", "student", "state_dict")
-# Wrappers around the encoder: DDP, torch.compile, dino's MultiCropWrapper and dinov2's dict.
-WRAPPERS = ("module.", "_orig_mod.", "backbone.")
+# Wrappers around the encoder: DDP, torch.compile, the methods of fastssl (of two networks the
+# teacher), dino's MultiCropWrapper and dinov2's dict.
+WRAPPERS = ("module.", "_orig_mod.", "teacher.", "student.", "model.", "backbone.", "encoder.")
 
 
 @dataclass(frozen=True)
 class LoadReport:
     """What `load_pretrained` did, as lists of state-dict keys.
 
-    `missing` are the model's keys that the file lacks, `unexpected` the file's that the model
-    lacks, `mismatched` those of another shape (skipped), `resampled` the position embeddings
-    (loaded) that were brought to the model's grid.
+    `missing` are the model's keys that the file lacks (they keep what they were initialised with),
+    `unexpected` the file's that the model lacks, `mismatched` those of another shape (skipped),
+    `resampled` the position embeddings (loaded) that were brought to the model's grid. `unused` are
+    the tensors of `unexpected`: a projection head, for instance.
     """
 
     path: Path
@@ -41,6 +38,7 @@ class LoadReport:
     unexpected: list[str]
     mismatched: list[str]
     resampled: list[str]
+    unused: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def complete(self) -> bool:
@@ -48,10 +46,18 @@ class LoadReport:
 
     def __str__(self) -> str:
         parts = [f"loaded {len(self.loaded)} tensors from {self.path}"]
-        for name in ("missing", "unexpected", "mismatched", "resampled"):
-            if keys := getattr(self, name):
-                parts.append(f"{len(keys)} {name} ({_some(keys)})")
-        return "; ".join(parts)
+        if self.resampled:
+            parts.append(f"resampled to the model's grid: {some(self.resampled)}")
+        return "; ".join([*parts, *self.differences()])
+
+    def differences(self) -> list[str]:
+        """Where file and model are not the same, in words."""
+        kinds = {
+            "not in the file, as initialised": self.missing,
+            "of another shape, as initialised": self.mismatched,
+            "in the file, not used": self.unexpected,
+        }
+        return [f"{words}: {_groups(keys)}" for words, keys in kinds.items() if keys]
 
 
 def load_pretrained(
@@ -67,7 +73,8 @@ def load_pretrained(
 
     Takes what mae (`{"model"}`), hiera (`{"model_state"}`), dino (bare, or `{"student",
     "teacher"}`) and dinov2 (bare, blocks in chunks or not, or `{"teacher"}`) release, a plain
-    state dict and .safetensors. Files are read with `weights_only=True`: no code in them runs.
+    state dict, .safetensors, a run's folder, and a folder of `save_pretrained` or of transformers'
+    ViT, ViTMAE, Dinov2 or Hiera. Files are read with `weights_only=True`: no code in them runs.
 
     Args:
         strict: raise where a key is missing or unexpected, instead of reporting it.
@@ -84,89 +91,47 @@ def load_pretrained(
     """
     path = Path(path)
     target = model.state_dict()
-    state, unexpected = _fit_keys(_unwrap(_read(path), checkpoint_key, path), target)
+    path, tensors = read_tensors(path, checkpoint_key)
+    state, unused = _fit_keys(tensors, target)
+    unexpected = [*unused]
     resampled = _resample_pos_embeds(model, state, target, old_grid)
     mismatched = [key for key in state if state[key].shape != target[key].shape]
     if mismatched and not ignore_mismatched_sizes:
         shapes = [f"{k} {list(state[k].shape)} for {list(target[k].shape)}" for k in mismatched]
         raise ValueError(
             f"{path} does not fit {type(model).__name__}, {len(shapes)} tensors have another shape"
-            f" than the model's: {_some(shapes)}. Build the model to match, or skip them with"
+            f" than the model's: {some(shapes)}. Build the model to match, or skip them with"
             " ignore_mismatched_sizes=True"
         )
     state = {key: tensor for key, tensor in state.items() if key not in mismatched}
     if not state:
         raise ValueError(
-            f"nothing in {path} fits {type(model).__name__}: the file has {_some(unexpected)};"
-            f" the model has {_some(target)}"
+            f"nothing in {path} fits {type(model).__name__}: the file has {some(unexpected)};"
+            f" the model has {some(target)}"
         )
     missing = [key for key in target if key not in state and key not in mismatched]
-    report = LoadReport(path, list(state), missing, unexpected, mismatched, resampled)
+    report = LoadReport(path, list(state), missing, unexpected, mismatched, resampled, unused)
     if strict and not report.complete:
-        raise ValueError(f"{path} is not exactly {type(model).__name__}: {report}")
+        difference = "; ".join(report.differences())
+        raise ValueError(f"{path} is not exactly {type(model).__name__}: {difference}")
     model.load_state_dict(state, strict=False)
     logger.log(logging.INFO if report.complete else logging.WARNING, "%s", report)
     return report
 
 
-def _some(names: Iterable[str], limit: int = 6) -> str:
-    names = list(names)
-    more = f", and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
-
-
-def _read(path: Path) -> object:
-    if path.is_dir():
-        raise IsADirectoryError(f"path must be a checkpoint file, {path} is a directory")
-    if not path.is_file():
-        raise FileNotFoundError(f"path must be a checkpoint file, {path} does not exist")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    try:
-        # The official files hold the parsed command line beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{path} is not a checkpoint that torch.load(weights_only=True) reads: {error}"
-        ) from error
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        import safetensors
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise ImportError(f"reading {path} needs safetensors: pip install safetensors") from error
-    try:
-        return load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
-
-
-def _unwrap(checkpoint: object, checkpoint_key: str | None, path: Path) -> dict[str, Tensor]:
-    """The innermost state dict of a checkpoint."""
-    if not isinstance(checkpoint, Mapping):
-        raise ValueError(f"{path} must hold a dict of tensors, got {type(checkpoint).__name__}")
-    if checkpoint_key is not None:
-        if not isinstance(checkpoint.get(checkpoint_key), Mapping):
-            raise ValueError(
-                f"checkpoint_key must name a dict of {path}, which has {_some(checkpoint)};"
-                f" got {checkpoint_key!r}"
-            )
-        checkpoint = checkpoint[checkpoint_key]
-    while True:
-        inner = next((k for k in CONTAINERS if isinstance(checkpoint.get(k), Mapping)), None)
-        if inner is None:
-            return {k: v for k, v in checkpoint.items() if isinstance(v, Tensor)}
-        checkpoint = checkpoint[inner]
+def _groups(keys: Iterable[str]) -> str:
+    """Keys by the part before the first dot, counted."""
+    groups: dict[str, list[str]] = {}
+    for key in keys:
+        groups.setdefault(key.partition(".")[0], []).append(key)
+    return some(f"{g} ({len(k)})" if len(k) > 1 else k[0] for g, k in groups.items())
 
 
 def _fit_keys(
     state: dict[str, Tensor], target: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], list[str]]:
-    """(tensors under the model's keys, the file's other keys): wrappers stripped, chunks merged."""
-    unexpected: list[str] = []
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors under the model's keys, and all others: wrappers stripped, chunks merged."""
+    others: dict[str, Tensor] = {}
     wrapped = True
     while wrapped:
         wrapped = False
@@ -174,13 +139,13 @@ def _fit_keys(
             inside = {key for key in state if key.startswith(prefix)}
             if inside and not any(key.startswith(prefix) for key in target):
                 # What lies beside the wrapper is another module's, a projection head for instance.
-                unexpected += [key for key in state if key not in inside]
+                others |= {key: state[key] for key in state if key not in inside}
                 state = {key.removeprefix(prefix): state[key] for key in state if key in inside}
                 wrapped = True
     # dinov2 trained with block_chunks > 0: blocks.<chunk>.<block>., the block counted throughout.
     state = {re.sub(r"\bblocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v for k, v in state.items()}
-    unexpected += [key for key in state if key not in target]
-    return {key: tensor for key, tensor in state.items() if key in target}, unexpected
+    others |= {key: tensor for key, tensor in state.items() if key not in target}
+    return {key: tensor for key, tensor in state.items() if key in target}, others
 
 
 def _resample_pos_embeds(

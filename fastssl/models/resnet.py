@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from fastssl.models.hub import HubModel
 from fastssl.nn.checkpoint import BlockCheckpointing
 
 
@@ -109,7 +110,7 @@ class Bottleneck(nn.Module):
         return F.relu(y + self.downsample(x), inplace=True)
 
 
-class ResNet(nn.Module, BatchNormCheckpointing):
+class ResNet(nn.Module, BatchNormCheckpointing, HubModel):
     """Residual network (He et al., 2015, arXiv:1512.03385) of four stages, for images of any size.
 
     `depths` are the blocks of each stage, Bottleneck or with `bottleneck=False` BasicBlock. `width`

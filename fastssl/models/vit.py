@@ -9,6 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from fastssl.models.hub import HubModel
+from fastssl.models.norm_names import norm_layer_of
 from fastssl.nn import (
     LAYER_NORM,
     Block,
@@ -33,7 +35,7 @@ def pair(name: str, value: Size) -> tuple[int, int]:
     return sides
 
 
-class ViTEncoder(nn.Module, BlockCheckpointing):
+class ViTEncoder(nn.Module, BlockCheckpointing, HubModel):
     """What every ViT here shares: patch embedding, prefix tokens, positions, blocks, norm.
 
     Parameters are left uninitialised: a subclass adds its own and calls `init_weights`.
@@ -48,7 +50,7 @@ class ViTEncoder(nn.Module, BlockCheckpointing):
         depth: int,
         num_heads: int,
         mlp_ratio: float,
-        norm_layer: NormLayer,
+        norm_layer: str | NormLayer,
         *,
         qkv_bias: bool = True,
         init_values: float | None = None,
@@ -61,6 +63,7 @@ class ViTEncoder(nn.Module, BlockCheckpointing):
         if ffn_layer not in FFN_LAYERS:
             names = ", ".join(FFN_LAYERS)
             raise ValueError(f"ffn_layer must be one of {names}, got {ffn_layer!r}")
+        norm_layer = norm_layer_of(norm_layer)
         self.embed_dim = self.num_features = embed_dim
         self.patch_size = pair("patch_size", patch_size)
         self.num_prefix_tokens = 1 + num_register_tokens
@@ -122,7 +125,9 @@ class ViTEncoder(nn.Module, BlockCheckpointing):
         prefix = [self.cls_token + pos_embed[:, :1]]
         if self.num_prefix_tokens > 1:
             prefix.append(self.register_tokens)
-        x = torch.cat([*(p.expand(len(x), -1, -1) for p in prefix), x + patch_pos], dim=1)
+        # Not len(x), which torch.export takes for a constant.
+        batch = x.shape[0]
+        x = torch.cat([*(p.expand(batch, -1, -1) for p in prefix), x + patch_pos], dim=1)
         for block in self.blocks:
             x = self.run_block(block, x)
         return self.norm(x)
@@ -150,6 +155,7 @@ class VisionTransformer(ViTEncoder):
     masked patches, `ffn_layer="swiglu"` gates the feed-forward layers. DINOv2's released weights
     fit `img_size=518, patch_size=14, init_values=1.0`; its register models have
     `num_register_tokens=4, interpolate_antialias=True` besides, and its ViT-g has the gates.
+    `norm_layer` is a constructor or a name, see `norm_layer_of`.
     """
 
     def __init__(
@@ -170,7 +176,7 @@ class VisionTransformer(ViTEncoder):
         use_mask_token: bool = False,
         interpolate_antialias: bool = False,
         ffn_layer: str = "mlp",
-        norm_layer: NormLayer = LAYER_NORM,
+        norm_layer: str | NormLayer = LAYER_NORM,
     ) -> None:
         super().__init__(
             img_size,

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastssl.models.hub import HubModel
+from fastssl.models.norm_names import norm_layer_of
 from fastssl.models.resnet import BatchNormCheckpointing
 from fastssl.nn import LAYER_NORM, DropPath, Linear, Mlp, NormLayer
 from fastssl.nn.norm import add_layer_norm, layer_norm
@@ -235,7 +237,7 @@ class ClassAttentionBlock(nn.Module):
         return torch.cat([cls_token + self.gamma2 * self.mlp(cls_token), 2 * patches], dim=1)
 
 
-class XCiT(nn.Module, BatchNormCheckpointing):
+class XCiT(nn.Module, BatchNormCheckpointing, HubModel):
     """Cross-covariance image transformer (El-Nouby et al., 2021, arXiv:2106.09681).
 
     Images of any size that `patch_size`, a power of two, divides; the released models have 16
@@ -259,9 +261,10 @@ class XCiT(nn.Module, BatchNormCheckpointing):
         cls_attn_layers: int = 2,
         eta: float = 1.0,
         tokens_norm: bool = True,
-        norm_layer: NormLayer = LAYER_NORM,
+        norm_layer: str | NormLayer = LAYER_NORM,
     ) -> None:
         super().__init__()
+        norm_layer = norm_layer_of(norm_layer)
         self.embed_dim = self.num_features = embed_dim
         self.patch_size = (patch_size, patch_size)
         self.num_prefix_tokens = 1
@@ -296,7 +299,7 @@ class XCiT(nn.Module, BatchNormCheckpointing):
         x = x + self.pos_embeder(x.shape[1:3])
         for block in self.blocks:
             x = self.run_block(block, x)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], dim=1)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], dim=1)
         for block in self.cls_attn_blocks:
             x = self.run_block(block, x)
         return self.norm(x)

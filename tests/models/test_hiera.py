@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from fastssl import models
 from fastssl.models import Hiera
-from tests.models.hiera_keys import official
+from fastssl.models.transformers_keys import official
 from tests.models.vit_keys import assert_relative, randomise
 
 TOLERANCE = 1e-4  # relative, fp32
@@ -41,7 +41,7 @@ def test_parity_with_transformers(size):
     theirs = transformers.HieraModel(config(size))
     randomise(theirs)
     ours = small(input_size=size)
-    ours.load_state_dict(official(theirs.state_dict(), STAGES))
+    ours.load_state_dict(official(theirs.state_dict()))
     images = torch.randn(2, 3, *size)
     expected = theirs(images, output_hidden_states=True)
     out, intermediates = ours(images, return_intermediates=True)
@@ -57,7 +57,7 @@ def test_parity_with_transformers(size):
         (expected.pooler_output, *expected.reshaped_hidden_states[1:]),
     ):
         sum((w * x).sum() for w, x in zip(weights, tensors, strict=True)).backward()
-    grads = official({n: p.grad for n, p in theirs.named_parameters()}, STAGES)
+    grads = official({n: p.grad for n, p in theirs.named_parameters()})
     assert grads.keys() == dict(ours.named_parameters()).keys()
     for name, parameter in ours.named_parameters():
         assert_relative(parameter.grad, grads[name], TOLERANCE, name)
@@ -67,7 +67,7 @@ def test_parity_with_transformers(size):
 def test_another_size_than_built_for_resamples_as_transformers_does(size):
     theirs, ours = transformers.HieraModel(config((64, 64))), small()
     randomise(theirs)
-    ours.load_state_dict(official(theirs.state_dict(), STAGES))
+    ours.load_state_dict(official(theirs.state_dict()))
     images = torch.randn(2, 3, *size)
     expected = theirs(images, interpolate_pos_encoding=True).pooler_output
     assert_relative(ours.features(images), expected, TOLERANCE)
@@ -77,7 +77,7 @@ def test_head_gives_logits_in_training_and_probabilities_in_evaluation():
     theirs = transformers.HieraForImageClassification(config((64, 64), num_labels=5)).eval()
     randomise(theirs)
     ours = small(num_classes=5)
-    ours.load_state_dict(official(theirs.state_dict(), STAGES))
+    ours.load_state_dict(official(theirs.state_dict()))
     images = torch.randn(2, 3, 64, 64)
     logits = theirs(images).logits
     assert_relative(ours.train()(images), logits, TOLERANCE)

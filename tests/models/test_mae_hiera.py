@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from fastssl import models
 from fastssl.models import MaskedAutoencoderHiera
-from tests.models.hiera_keys import official
+from fastssl.models.transformers_keys import official
 from tests.models.test_hiera import CLIP
 from tests.models.vit_keys import assert_relative, randomise
 
@@ -56,7 +56,7 @@ def reference(size: tuple[int, int], q_pool: int = 2, norm_pix_loss: bool = True
 def test_parity_with_transformers(size, q_pool, norm_pix_loss):
     theirs = reference(size, q_pool, norm_pix_loss)
     ours = small(input_size=size, q_pool=q_pool, norm_pix_loss=norm_pix_loss)
-    ours.load_state_dict(official(theirs.state_dict(), STAGES))
+    ours.load_state_dict(official(theirs.state_dict()))
     images = torch.randn(3, 3, *size)
     noise = torch.rand(3, size[0] * size[1] // 1024)
     expected = theirs(images, noise=noise)
@@ -74,7 +74,7 @@ def test_parity_with_transformers(size, q_pool, norm_pix_loss):
 
     loss.backward()
     expected.loss.backward()
-    grads = official({n: p.grad for n, p in theirs.named_parameters()}, STAGES)
+    grads = official({n: p.grad for n, p in theirs.named_parameters()})
     assert grads.keys() == dict(ours.named_parameters()).keys()
     for name, parameter in ours.named_parameters():
         assert_relative(parameter.grad, grads[name], TOLERANCE, name)
@@ -82,7 +82,7 @@ def test_parity_with_transformers(size, q_pool, norm_pix_loss):
 
 def test_features_are_of_the_whole_image():
     theirs, ours = reference((64, 64)), small()
-    ours.load_state_dict(official(theirs.state_dict(), STAGES))
+    ours.load_state_dict(official(theirs.state_dict()))
     theirs.hiera.embeddings.patch_embeddings.mask_ratio = 0.0
     images = torch.randn(2, 3, 64, 64)
     stages = theirs.hiera(images, output_hidden_states=True).reshaped_hidden_states

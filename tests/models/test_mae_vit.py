@@ -12,7 +12,8 @@ from fastssl.models import (
     mae_vit_huge_patch14,
     mae_vit_large_patch16,
 )
-from tests.models.vit_keys import assert_relative, official, randomise
+from fastssl.models.transformers_keys import official
+from tests.models.vit_keys import assert_relative, randomise
 
 TOLERANCE = 1e-4  # relative, fp32
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 8}

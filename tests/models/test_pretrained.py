@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import pathlib
 import pickle
 
 import pytest
@@ -11,6 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastssl.models import (
+    Hiera,
+    MaskedAutoencoderHiera,
     MaskedAutoencoderViT,
     VisionTransformer,
     hiera_base_16x224,
@@ -128,9 +131,11 @@ def test_encoder_file_into_a_whole_autoencoder_reports_the_decoder(tmp_path, cap
     assert torch.equal(model.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert f"loaded {len(encoder)} tensors from {tmp_path / 'mae.pth'}" in record.message
-    assert f"{len(decoder)} missing (mask_token, decoder_pos_embed, " in record.message
-    assert f"and {len(decoder) - 6} more" in record.message
+    assert record.message == (
+        f"loaded {len(encoder)} tensors from {tmp_path / 'mae.pth'}; not in the file, as "
+        "initialised: mask_token, decoder_pos_embed, decoder_embed (2), decoder_blocks (24), "
+        "decoder_norm (2), decoder_pred (2)"
+    )
 
 
 def test_autoencoder_file_into_an_encoder_gives_its_features(tmp_path):
@@ -148,7 +153,7 @@ def test_strict_refuses_and_leaves_the_model_alone(tmp_path):
     torch.save(state | {"extra": torch.zeros(1)}, tmp_path / "w.pth")
     model = vit()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"1 missing \(norm.bias\); 1 unexpected \(extra\)"):
+    with pytest.raises(ValueError, match=r"initialised: norm\.bias; in the file, not used: extra"):
         load_pretrained(model, tmp_path / "w.pth", strict=True)
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
 
@@ -249,7 +254,7 @@ def test_file_of_which_nothing_fits(tmp_path):
 def test_path_that_is_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth does not exist"):
         load_pretrained(vit(), tmp_path / "nowhere.pth")
-    with pytest.raises(IsADirectoryError, match="is a directory"):
+    with pytest.raises(IsADirectoryError, match="path must be a checkpoint file, or a folder with"):
         load_pretrained(vit(), tmp_path)
     whole = tmp_path / "whole.pth"
     torch.save(vit().state_dict(), whole)
@@ -275,4 +280,57 @@ def test_code_in_a_file_does_not_run(tmp_path):
     for name in ("evil.pth", "evil.pkl"):
         with pytest.raises(ValueError, match=r"is not a checkpoint that torch\.load"):
             load_pretrained(vit(), tmp_path / name)
+    with pytest.raises(ValueError, match=r"it holds posix\.mkdir, whose loading may run code"):
+        load_pretrained(vit(), tmp_path / "evil.pth")
     assert not trace.exists()
+
+
+def test_released_hiera_into_an_encoder(tmp_path):
+    """mae_hiera_*.pth into a Hiera that pools once more; what only the autoencoder has is left."""
+    sizes = {"input_size": (64, 64), "embed_dim": 8, "stages": (1, 1, 1, 1)}
+    decoder = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
+    source = MaskedAutoencoderHiera(**sizes, q_pool=2, **decoder)
+    torch.save({"model_state": source.state_dict()}, tmp_path / "mae_hiera_tiny_224.pth")
+    model = Hiera(**sizes, q_pool=3, num_classes=0)
+    report = load_pretrained(model, tmp_path / "mae_hiera_tiny_224.pth")
+    assert report.missing == ["norm.weight", "norm.bias"]
+    assert "in the file, not used: mask_token, decoder_pos_embed, encoder_norm (2)," in str(report)
+    assert torch.equal(model.blocks[3].mlp.fc1.weight, source.blocks[3].mlp.fc1.weight)
+
+
+def test_what_training_scripts_save_beside_the_weights(tmp_path):
+    import numpy as np
+
+    source, model = vit(), vit()
+    content = {"model": source.state_dict(), "args": ARGS, "optimizer": {"state": {0: {}}}}
+    content |= {"best": np.float64(0.5), "epoch": np.int64(3), "flag": np.bool_(True)}
+    torch.save(content, tmp_path / "checkpoint.pth")
+    assert load_pretrained(model, tmp_path / "checkpoint.pth").complete
+    content["config"] = pathlib.PurePosixPath("/data")
+    torch.save(content, tmp_path / "checkpoint.pth")
+    with pytest.raises(ValueError, match=r"it holds pathlib\.PurePosixPath, whose loading may run"):
+        load_pretrained(model, tmp_path / "checkpoint.pth")
+
+
+def test_whole_method_of_a_run(tmp_path):
+    source, other, model = vit(), vit(), vit()
+    networks = prefixed("student.backbone.", other.state_dict())
+    networks |= prefixed("teacher.backbone.", source.state_dict())
+    networks |= {"teacher.head.mlp.weight": torch.ones(3), "loss.center": torch.zeros(1, 5)}
+    torch.save({"model": networks, "step": 3}, tmp_path / "checkpoint.pth")
+    report = load_pretrained(model, tmp_path / "checkpoint.pth")
+    assert report.missing == [] and torch.equal(model.pos_embed, source.pos_embed)
+    assert torch.equal(report.unused["head.mlp.weight"], torch.ones(3))
+    assert sorted(report.unused) == sorted(report.unexpected)
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "model.safetensors", "pytorch_model.bin"])
+def test_folder_of_a_model(name, tmp_path):
+    source, model = vit(), vit()
+    if name.endswith("safetensors"):
+        save_file(source.state_dict(), tmp_path / name)
+    else:
+        torch.save({"model": source.state_dict()}, tmp_path / name)
+    report = load_pretrained(model, tmp_path, strict=True)
+    assert report.path == tmp_path / name
+    assert torch.equal(model.pos_embed, source.pos_embed)

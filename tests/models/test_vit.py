@@ -7,7 +7,8 @@ from torch import nn
 
 from fastssl import models
 from fastssl.models import VisionTransformer
-from tests.models.vit_keys import assert_relative, official, randomise
+from fastssl.models.transformers_keys import official
+from tests.models.vit_keys import assert_relative, randomise
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
 THEIRS = {"image_size": 32, "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 3}
