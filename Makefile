@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all test-gpu lint format bench bench-gpu clean
+.PHONY: help train test test-all test-gpu lint format docs bench bench-gpu clean
 
 help: ## list these words
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,10 @@ format: $(VENV)/lint ## rewrite files in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(wildcard csrc/*/*)
+
+docs: $(VENV)/docs ## the documentation as a site: build/site/index.html
+	$(BIN)/python docs/tools/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(VENV)/test ## every benchmark case on the CPU, into benchmarks/results/local.json
 	$(BIN)/python -m benchmarks run --device cpu --json benchmarks/results/local.json
@@ -70,6 +74,10 @@ $(VENV)/train: $(VENV)/base $(SOURCES)
 $(VENV)/test: $(VENV)/base $(SOURCES)
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[train,photos,test]"
 	@touch $@ $(VENV)/train
+
+$(VENV)/docs: $(VENV)/train pyproject.toml
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[docs]"
+	@touch $@
 
 $(VENV)/lint: $(VENV)/base pyproject.toml
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[lint]"

@@ -73,7 +73,7 @@ def _vit(quick: bool) -> Family:
         theirs |= {"decoder_intermediate_size": 128}
 
     def build_theirs() -> tuple[nn.Module, dict[str, Tensor]]:
-        from tests.models.vit_keys import official
+        from fastssl.models.transformers_keys import official
 
         config = transformers.ViTMAEConfig(**theirs, attn_implementation="sdpa")
         model = transformers.ViTMAEForPreTraining(config)
@@ -114,7 +114,7 @@ def _hiera(size: str, quick: bool) -> Family:
         )
 
     def build_theirs() -> tuple[nn.Module, dict[str, Tensor]]:
-        from tests.models.hiera_keys import official
+        from fastssl.models.transformers_keys import official
 
         config = transformers.HieraConfig(
             image_size=[side, side],
@@ -126,7 +126,7 @@ def _hiera(size: str, quick: bool) -> Family:
             decoder_num_heads=decoder[2],
         )
         model = transformers.HieraForPreTraining(config)
-        return model, official(model.state_dict(), stages)
+        return model, official(model.state_dict())
 
     return Family(
         f"mae_hiera_{size}_step",
@@ -153,13 +153,13 @@ def _hiera_forward(batch: int, quick: bool) -> Case:
 
         found = {}
         if transformers is not None:
-            from tests.models.hiera_keys import official
+            from fastssl.models.transformers_keys import official
 
             config = transformers.HieraConfig(
                 image_size=[side, side], embed_dim=width, depths=list(stages)
             )
             theirs = transformers.HieraModel(config).to(device).eval()
-            ours.load_state_dict(official(theirs.state_dict(), stages))
+            ours.load_state_dict(official(theirs.state_dict()))
             found = _inference("transformers", lambda x: theirs(x).pooler_output, not quick)
         return found | _inference("fastssl", forward, not quick)
 

@@ -257,24 +257,13 @@ def _of_run(folder: Path, image_size: int | None, world: World) -> Subject:
     import torch
 
     from fastssl.evaluation.encoder import Encoder
-    from fastssl.models import load_pretrained
-    from fastssl.training import config as configuration
     from fastssl.training import setup
+    from fastssl.training.trained import load_trained
 
-    for name in ("config.yaml", "weights.pth"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"RUN must be the folder of a finished run, with config.yaml and weights.pth; "
-                f"{folder} has no {name}"
-            )
-    config = configuration.load(str(folder / "config.yaml"))
+    # Its own resolution stays: at another one the positions are resampled as images come.
+    config, method = load_trained(folder)
     size = config.views.image_size
     views = setup.kinds_of_views(config)
-    try:
-        method = setup.method_of(config, num_samples=_num_samples(config.method.args))
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / 'config.yaml'} must describe a method: {error}") from error
-    load_pretrained(method.model, folder / "weights.pth", strict=True)
     dtype = torch.bfloat16 if setup.uses_bf16(config, world.device) else None
     return Subject(
         encoder=Encoder(method.model, method.features, dtype),
@@ -294,13 +283,6 @@ def _of_run(folder: Path, image_size: int | None, world: World) -> Subject:
 
 def _resized(views: Sequence[View], image_size: int) -> tuple[View, ...]:
     return tuple(replace(view, size=(image_size, image_size)) for view in views)
-
-
-def _num_samples(args: dict[str, Any]) -> int:
-    """Enough to build a method of which the encoder alone is loaded: those of the run may be so
-    many that their banks take gigabytes."""
-    prototypes = args.get("n_prototypes")
-    return max(1 << 16, prototypes if isinstance(prototypes, int) else 0)
 
 
 def _released(arguments: argparse.Namespace, world: World) -> Subject:

@@ -130,7 +130,8 @@ def test_missing_packages_are_named_with_the_remedy(monkeypatch, capsys):
 def test_the_recipe_may_be_left_out(monkeypatch):
     loaded = []
     monkeypatch.setattr(
-        "fastssl.training.loop.train", lambda config, resume: loaded.append((config, resume))
+        "fastssl.training.loop.train",
+        lambda config, resume, profile: loaded.append((config, resume)),
     )
     assert cli.main(["train.steps=5", "--resume"]) == 0
     assert cli.main(["--resume", "photos", "train.steps=6"]) == 0

@@ -383,7 +383,7 @@ def error_of(words):
 
 def test_the_encoder_is_all_that_is_built_in_full(run, tmp_path, monkeypatch):
     """A run on millions of samples needs no bank for them, and more prototypes than usual fit."""
-    from fastssl.training import setup
+    from fastssl.training import setup, trained
 
     build, numbers = setup.build_method, []
 
@@ -400,7 +400,7 @@ def test_the_encoder_is_all_that_is_built_in_full(run, tmp_path, monkeypatch):
     parser = cli_eval.build_parser()
     cli_eval.load_subject(parser.parse_args([]), str(tmp_path), World(0, 1, torch.device("cpu")))
     assert numbers == [1 << 16]
-    assert cli_eval._num_samples({"n_prototypes": 10**5}) == 10**5
+    assert trained._num_samples({"n_prototypes": 10**5}) == 10**5
 
 
 def test_image_size_is_that_of_all_views(run):

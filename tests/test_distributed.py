@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +18,16 @@ from torch.nn.parallel import DistributedDataParallel
 from fastssl import distributed
 from fastssl.distributed import World
 from fastssl.training import setup
+from fastssl.training.config import dump
 from fastssl.training.loop import Run
-from tests.training.tiny import HIERA, VIT, make_images, tiny_config
+from tests.training.tiny import (
+    HIERA,
+    VIT,
+    assert_same_tensors,
+    make_images,
+    saved_tensors,
+    tiny_config,
+)
 
 MODELS = {"vit": VIT, "hiera": HIERA}
 
@@ -237,7 +249,6 @@ def test_a_process_alone_needs_no_group():
 
 def group_of_the_session():
     """Joins by torchrun's variables, where no group exists yet, and leaves it again."""
-    import os
     import socket
 
     dist.destroy_process_group()
@@ -280,6 +291,68 @@ def test_blocks_are_the_members_of_block_lists():
     model = Model()
     inside = nn.ModuleDict({"model": model})
     assert distributed.blocks(inside) == [*model.blocks, *model.decoder_blocks]
+
+
+DIES_ONCE = """
+import os
+from pathlib import Path
+
+from fastssl.methods.mae import MAE
+
+
+class DiesOnce(MAE):
+    steps = 0
+
+    def before_step(self, values):
+        mark = Path(os.environ["MARK"])
+        self.steps += 1
+        if self.steps == 4 and os.environ["RANK"] == "1" and not mark.exists():
+            mark.touch()
+            os._exit(1)
+        super().before_step(values)
+"""
+
+
+def under_torchrun(config, mark):
+    """The run's folder and what torchrun said; a rank dies in the fourth step unless there is a
+    `mark` that it has."""
+    file = mark.parent / f"{config.name}.yaml"
+    file.write_text(dump(config))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node=2", "--max-restarts=1", "-m", "fastssl.cli", str(file), "--resume"),
+        ],
+        cwd=Path(__file__).parents[1],
+        env={
+            **os.environ,
+            "MARK": str(mark),
+            "OMP_NUM_THREADS": "1",
+            # Otherwise the ranks find the addresses of those that died (torch 2.13, gloo).
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    return Path(config.out) / config.name, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_is_restarted_and_the_run_ends_as_one_undisturbed(images, tmp_path):
+    (tmp_path / "dies.py").write_text(DIES_ONCE)
+    method = f"method={{name: '{tmp_path}/dies.py:DiesOnce', args: {{mask_ratio: 0.5}}}}"
+    (tmp_path / "mark").touch()
+    whole_run, _ = under_torchrun(
+        tiny_config(images, tmp_path, method, "name=whole"), tmp_path / "mark"
+    )
+    restarted, said = under_torchrun(
+        tiny_config(images, tmp_path, method, "name=restarted"), tmp_path / "other_mark"
+    )
+    assert (tmp_path / "other_mark").exists() and "going on after step 2" in said
+    last = Path("checkpoints") / "step_00000006"
+    assert_same_tensors(saved_tensors(restarted / last), saved_tensors(whole_run / last))
 
 
 def fail_in_rank_1():

@@ -17,7 +17,8 @@ FLOORS = [
     ["fastssl.methods"],
     ["fastssl.evaluation"],
     ["fastssl.training"],
-    ["fastssl.cli", "fastssl.cli_embed", "fastssl.cli_eval", "fastssl.info"],
+    ["fastssl.export"],
+    ["fastssl.cli", "fastssl.cli_embed", "fastssl.cli_eval", "fastssl.cli_export", "fastssl.info"],
 ]
 
 

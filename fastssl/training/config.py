@@ -38,6 +38,11 @@ def option(default: Any, text: str, **metadata: Any) -> Any:
 @dataclass
 class LoaderConfig:
     num_workers: int = option(0, "processes that decode images, per rank; 0: the main process")
+    prefetch: int = option(2, "micro-batches that each of these processes has ready")
+    shard_window: int = option(
+        0,
+        "shards that an epoch reads from at a time, so that a cache need not hold all; 0: all",
+    )
 
 
 @dataclass
@@ -66,6 +71,10 @@ class ViewsConfig:
     crops_per_image: int | None = option(
         None, "samples of one picture in an epoch; null: 64 of a photograph, 1 of a file"
     )
+    repeats: int = option(
+        1,
+        "crops of one picture in the same global batch; an epoch has so many times more samples",
+    )
     mean: list[float] = option([0.485, 0.456, 0.406], "subtracted from R, G, B (white is 1)")
     std: list[float] = option([0.229, 0.224, 0.225], "R, G, B are divided by it")
 
@@ -77,7 +86,11 @@ class ModelConfig:
         "factory or class in fastssl.models; timm:name; file.py:factory or package.module:factory",
     )
     args: dict[str, Any] = option({}, "its keyword arguments, as model.args.depth=4")
-    weights: str | None = option(None, "file of released weights to start from")
+    weights: str | None = option(
+        None,
+        "weights to start from: a file of mae, hiera, dino or dinov2, a run's folder, one of "
+        "fastssl-export or of transformers; what it lacks is initialised, and said",
+    )
 
 
 @dataclass
@@ -146,7 +159,18 @@ class TrainConfig:
         "CPUs with AMX or AVX-512 BF16",
         choices=("fp32", "bf16", "auto"),
     )
-    compile: bool = option(False, "torch.compile the method")
+    shard_ranks: int = option(
+        0,
+        "ranks that share one copy of parameters and optimizer state (FSDP2); 0: all, 1: each has "
+        "its own, as many as a node has: hybrid",
+    )
+    param_dtype: str = option(
+        "auto",
+        "in which sharded parameters are gathered and computed with; the shards are fp32 and "
+        "gradients are reduced in fp32; auto: bf16 on a GPU where precision is",
+        choices=("auto", "fp32", "bf16"),
+    )
+    compile: bool = option(False, "torch.compile the method, with several ranks block by block")
     grad_checkpointing: bool = option(
         False, "keep each block's input only and compute the rest again in backward"
     )
@@ -181,18 +205,47 @@ class EvalConfig:
 class CheckpointConfig:
     every: int = option(1000, "steps between checkpoints; 0: only at the end")
     keep: int = option(2, "newest checkpoints that are kept")
+    asynchronous: bool = option(
+        False,
+        "write beside the training, from a copy of all tensors in host memory that stays there",
+    )
 
 
 @dataclass
 class LogConfig:
     every: int = option(10, "steps between lines in metrics.jsonl and on the progress bar")
     tensorboard: bool = option(True, "write TensorBoard files too")
+    csv: bool = option(False, "write metrics_train.csv and metrics_eval.csv too")
+    wandb: bool = option(
+        False,
+        "send to Weights & Biases too, as WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE say",
+    )
+    report_every: float = option(
+        30.0,
+        "least seconds between refreshes of report.html while the run goes on, which take at most "
+        "1 % of the time; 0: only at the end",
+    )
+    peak_tflops: float | None = option(
+        None,
+        "TFLOP/s of one device, which MFU is a share of; null: the data sheet's, of a GPU that is "
+        "known, and no MFU on others",
+    )
+    flops_per_image: float | None = option(
+        None,
+        "operations of forward and backward for one image; null: counted in the first step, except "
+        "under train.compile",
+    )
 
 
 @dataclass
 class Config:
     name: str = option("", "the run is in <out>/<name>; empty: the recipe's name")
-    data: str = option("photos", "'photos', 'digits', or a folder of images at any depth")
+    data: str = option(
+        "photos",
+        "'photos', 'digits', a folder of images at any depth, tar shards (a folder of them, or "
+        "paths or URLs with {000..099}), or a dataset of the library datasets as hf:NAME, "
+        "hf:NAME/SPLIT or hf:/folder",
+    )
     out: str = option("runs", "folder of all runs")
     overwrite: bool = option(False, "delete a finished or broken run of the same name first")
     seed: int = option(0, "of weights, crops, order and masks")
@@ -311,7 +364,7 @@ def _own_schedules(updates: Sequence[dict]) -> dict[str, Schedule]:
             name = values["method"].get("name", name)
     try:
         return {f"schedules.{key}": s for key, s in method_class(name).schedules.items()}
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, TypeError):
         return {}  # what is wrong with the name is said where the method is built
 
 
@@ -368,10 +421,13 @@ def check(config: Config) -> None:
     for name, value in (
         ("train.steps", train.steps),
         ("loader.num_workers", config.loader.num_workers),
+        ("loader.shard_window", config.loader.shard_window),
         ("eval.every", config.eval.every),
         ("train.batch_norm_ranks", train.batch_norm_ranks),
+        ("train.shard_ranks", train.shard_ranks),
         ("eval.max_images", config.eval.max_images),
         ("checkpoint.every", config.checkpoint.every),
+        ("log.report_every", config.log.report_every),
     ):
         if value < 0:
             raise ValueError(f"{name} must not be negative, got {value}")
@@ -383,6 +439,8 @@ def check(config: Config) -> None:
         ),
         "train.max_bad_steps": train.max_bad_steps,
         "log.every": config.log.every,
+        "loader.prefetch": config.loader.prefetch,
+        "views.repeats": views.repeats,
         "checkpoint.keep": config.checkpoint.keep,
         "eval.batch_size": config.eval.batch_size,
         "eval.pictures": config.eval.pictures,
@@ -418,9 +476,18 @@ def check(config: Config) -> None:
             "train.accumulation must be left out where train.device_batch_size is given, got "
             f"{train.accumulation} and {train.device_batch_size}"
         )
+    if train.global_batch_size % views.repeats:
+        raise ValueError(
+            f"train.global_batch_size must be a multiple of views.repeats = {views.repeats}, got "
+            f"{train.global_batch_size}"
+        )
     groups = [] if views.groups is None else views.groups
     if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
         raise ValueError(f"views.groups must be a list of groups of keys, got {groups!r}")
+    for name in ("peak_tflops", "flops_per_image"):
+        value = getattr(config.log, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"log.{name} must be positive, got {value}")
     if min(views.std) <= 0:
         raise ValueError(f"views.std must be positive, got {views.std}")
     if not config.name or Path(config.name).name != config.name or config.name in (".", ".."):

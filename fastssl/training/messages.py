@@ -58,6 +58,26 @@ def non_finite(
     )
 
 
+def not_saved(step: int, saved_step: int, error: str) -> str:
+    """A save failed while the run can go on."""
+    good = f"step {saved_step} is saved and good" if saved_step else "nothing was saved yet"
+    return (
+        f"warning: step {step} could not be saved: {error}; {good}, and the run goes on until the "
+        "next checkpoint is due"
+    )
+
+
+def not_written(name: str, step: int, error: OSError) -> str:
+    """A page or a picture is not there, or is an older one."""
+    return f"warning: {name} of step {step} could not be written: {error}"
+
+
+def not_saved_at_all(step: int, saved_step: int, error: str) -> str:
+    """The last save failed."""
+    good = f"--resume goes on after step {saved_step}" if saved_step else "nothing is saved"
+    return f"the last step, {step}, could not be saved: {error}; {good}"
+
+
 def summary(
     config: Config,
     folder: Path,

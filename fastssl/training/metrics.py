@@ -1,14 +1,11 @@
-"""Numbers of a run: gathered on the device, averaged over steps and ranks, written and shown."""
+"""Numbers of a run: gathered on the device, averaged over steps and ranks, handed on and shown."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +15,22 @@ from tqdm import tqdm
 
 from fastssl import distributed
 from fastssl.distributed import World
+from fastssl.training.config import Config
+from fastssl.training.loggers import Logger, open_loggers
+
+# What the progress line shows of a line of numbers, and how.
+_SHOWN = (
+    ("loss", "loss {:.4f}"),
+    ("lr", "lr {:.1e}"),
+    ("images_per_second", "{:.0f} images/s"),
+    ("images_per_second_per_device", "{:.0f} a device"),
+    ("data_wait", "data wait {:.0%}"),
+    ("mfu", "MFU {:.1%}"),
+    ("peak_memory_mb", "{:.0f} MB"),
+    ("grad_norm", "grad {:.2g}"),
+    ("knn", "k-NN {:.1f}%"),
+    ("rankme", "RankMe {:.1f}"),
+)
 
 
 class Meter:
@@ -78,77 +91,76 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 class Log:
-    """metrics.jsonl, TensorBoard and the progress bar, on rank 0; on other ranks nothing.
+    """The loggers and the progress line, on rank 0; on other ranks nothing.
 
-    Lines are {"step": optimizer steps done, "kind": "train" | "eval", ...}. Lines beyond
-    `start_step`, which a resumed run is going to write again, are dropped.
+    What the loggers are and which lines they drop is said in fastssl.training.loggers.
     """
 
-    def __init__(
-        self, run_dir: Path, world: World, *, start_step: int, num_steps: int, tensorboard: bool
-    ) -> None:
-        self._file = self._board = self._bar = None
+    def __init__(self, run_dir: Path, config: Config, world: World, *, start_step: int) -> None:
+        self._loggers: list[Logger] = []
+        self._bar = None
+        self._said: str | None = None
+        self._evaluated: dict[str, float] = {}
         if not world.is_main:
             return
-        path = run_dir / "metrics.jsonl"
-        _drop_after(path, start_step)
-        self._file = open(path, "a", encoding="utf-8")
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+        self._loggers = open_loggers(config, run_dir, start_step)
         # Where nobody watches, a line now and then is enough.
         interval = 0.1 if sys.stderr.isatty() else 10.0
         self._bar = tqdm(
-            total=num_steps, initial=start_step, unit="step", mininterval=interval, file=sys.stderr
+            total=config.train.steps,
+            initial=start_step,
+            mininterval=interval,
+            file=sys.stderr,
+            # No bar: its place is taken by the numbers.
+            bar_format="step {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
         )
 
     def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
-        if self._file is None:
-            return
-        # JSON has no word for what is not finite.
-        known = {n: v if math.isfinite(v) else None for n, v in values.items()}
-        self._file.write(json.dumps({"step": step, "kind": kind, **known}) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+        """A line of numbers to all loggers."""
+        if kind == "eval":
+            self._evaluated = {k: v for k, v in values.items() if k in ("knn", "rankme")}
+        self._to_all(step, lambda logger: logger.write(step, kind, values))
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """A PNG to the loggers that can show it."""
+        self._to_all(step, lambda logger: logger.picture(step, name, path))
+
+    def _to_all(self, step: int, tell: Callable[[Logger], None]) -> None:
+        for logger in self._loggers:
+            try:
+                tell(logger)
+            except OSError as error:
+                # A disk that is full now is no reason to end the run; what was not written may be
+                # lost.
+                if str(error) != self._said:
+                    self.say(f"warning: the metrics of step {step} could not be written: {error}")
+                self._said = str(error)
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
-        """Move the bar to `step`, with the values of the last train line."""
+        """Move the line to `step`, with the values of the last train line."""
         if self._bar is None:
             return
         if "loss" in values:
-            self._bar.set_postfix_str(
-                f"loss {values['loss']:.4f}, {values['images_per_second']:.0f} images/s, "
-                f"data wait {values['data_wait']:.0%}, {values['peak_memory_mb']:.0f} MB",
-                refresh=False,
-            )
+            self._bar.set_postfix_str(progress_line(self._evaluated | dict(values)), refresh=False)
         self._bar.update(step - self._bar.n)
 
     def say(self, text: str) -> None:
-        """A line for people, above the bar."""
+        """A line for people, above the progress line."""
         if self._bar is not None:
             self._bar.write(text, file=sys.stdout)
             sys.stdout.flush()
 
     def close(self) -> None:
-        for part in (self._bar, self._board, self._file):
-            if part is not None:
-                part.close()
+        for logger in self._loggers:
+            try:
+                logger.close()
+            except OSError as error:
+                self.say(f"warning: the last metrics could not be written: {error}")
+        if self._bar is not None:
+            self._bar.close()
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Keep the lines up to `step`; one that a crash cut short goes too."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
-    trimmed = path.with_suffix(".trimmed")
-    trimmed.write_text("".join(kept), encoding="utf-8")
-    os.replace(trimmed, path)
+def progress_line(values: Mapping[str, float]) -> str:
+    """What is known of loss, speed, memory and quality, the most wanted first: a narrow terminal
+    cuts the rest."""
+    return ", ".join(form.format(values[name]) for name, form in _SHOWN if name in values)

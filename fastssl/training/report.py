@@ -6,10 +6,10 @@ The page is a single file without scripts or links, so that it can be mailed.
 from __future__ import annotations
 
 import base64
-import io
 import json
 import math
 import os
+import time
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -19,11 +19,14 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from fastssl.data.transforms import denormalize
+from fastssl.training import curves
 
 # Longer lists of broken files are cut in the page; skipped.json keeps them all.
 _MAX_SKIPPED = 200
 _COLUMNS = ("masked", "predicted", "true")
 _GAP, _HEADER = 4, 16
+# Largest share of a run's time that refreshes of its page may take.
+_SHARE = 0.01
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
@@ -71,16 +74,23 @@ def save_reconstructions(
     sheet.save(path, format="PNG")
 
 
-def write_report(run_dir: str | os.PathLike[str]) -> Path:
+def write_report(run_dir: str | os.PathLike[str], *, reload_every: float = 0.0) -> Path:
     """Write report.html into a run's folder, from what is there, and return its path.
 
     Reads metrics.jsonl (lines of kind "train" and "eval"), config.yaml, reconstructions.png and
     skipped.json ({path: reason}); each may be missing.
+
+    reload_every: of a run that goes on, seconds after which a browser loads the page again; 0: not.
     """
     run_dir = Path(run_dir)
     train, evals = read_metrics(run_dir / "metrics.jsonl")
     parts = [f"<h1>{escape(run_dir.resolve().name)}</h1>"]
-    parts += [_accuracy_table(evals), _training_table(train), _curves(train, evals)]
+    if reload_every:
+        parts.append("<p>The run goes on, and this page loads itself again.</p>")
+    parts += [_accuracy_table(evals), _training_table(train)]
+    drawn = curves.draw(train, evals)
+    if drawn:
+        parts.append(f"<h2>Curves</h2>{drawn}")
     picture = run_dir / "reconstructions.png"
     if picture.is_file():
         data = base64.b64encode(picture.read_bytes()).decode()
@@ -94,13 +104,40 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
         text = escape(config.read_text(encoding="utf-8"))
         parts.append(f"<h2>Configuration</h2><pre>{text}</pre>")
     title = escape(run_dir.resolve().name)
+    reload = f'<meta http-equiv="refresh" content="{reload_every:.0f}">' if reload_every else ""
     page = (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{_STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">{reload}'
+        f"<title>{title}</title><style>{_STYLE}</style></head><body>\n"
+        + "\n".join(parts)
+        + "\n</body></html>\n"
     )
     target = run_dir / "report.html"
-    target.write_text(page, encoding="utf-8")
+    # Whoever looks meanwhile sees the old page or the new one, whole.
+    part = target.with_suffix(".part")
+    part.write_text(page, encoding="utf-8")
+    os.replace(part, target)
     return target
+
+
+class LiveReport:
+    """report.html while the run goes on: written again every so many seconds, at the earliest, and
+    not before a hundred times what the last writing took has passed."""
+
+    def __init__(self, run_dir: Path, every: float) -> None:
+        self._run_dir, self._every = run_dir, every
+        self._due = time.monotonic() + every
+
+    def refresh(self) -> bool:
+        """Whether it was time, and the page was written; never where `every` is 0."""
+        start = time.monotonic()
+        if not self._every or start < self._due:
+            return False
+        # Should this one fail, the next is not tried at once.
+        self._due = start + self._every
+        write_report(self._run_dir, reload_every=max(self._every, 1.0))
+        end = time.monotonic()
+        self._due = max(self._due, end + (end - start) / _SHARE)
+        return True
 
 
 def read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
@@ -149,7 +186,9 @@ def _training_table(train: list[dict]) -> str:
     for key, name, summary, form in (
         ("loss", "loss, last", lambda values: values[-1], "{:.4f}"),
         ("images_per_second", "images/s, median", median, "{:.1f}"),
+        ("images_per_second_per_device", "images/s of one device, median", median, "{:.1f}"),
         ("data_wait", "time waiting for data, median", median, "{:.1%}"),
+        ("mfu", "MFU, median", median, "{:.1%}"),
         ("peak_memory_mb", "peak memory, MB", max, "{:.0f}"),
     ):
         values = [line[key] for line in train if key in line]
@@ -163,34 +202,3 @@ def _skipped_table(skipped: dict[str, str]) -> str:
     more = f"<p>The first {len(shown)} are shown.</p>" if len(shown) < len(skipped) else ""
     table = _table(("file", "reason"), shown) if shown else ""
     return f"<h2>Skipped files: {len(skipped)}</h2>{table}{more}"
-
-
-def _curves(train: list[dict], evals: list[dict]) -> str:
-    """One SVG with loss, accuracy, throughput and learning rate over the steps."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    panels = (
-        ("loss", train, {"loss": None}),
-        ("accuracy on held-out crops, %", evals, {"knn": "k-NN", "linear": "linear probe"}),
-        ("images/s", train, {"images_per_second": None}),
-        ("learning rate", train, {"lr": None}),
-    )
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    for axes, (title, lines, keys) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        axes.set_title(title)
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-        for key, label in keys.items():
-            points = [(line["step"], line[key]) for line in lines if key in line]
-            if points:
-                # The series is named in the SVG, to be found again.
-                axes.plot(*zip(*points, strict=True), marker=".", label=label, gid=key)
-        if lines and len(keys) > 1:
-            axes.legend()
-    buffer = io.StringIO()
-    # Text stays text, and the identifiers do not change from run to run.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastssl"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
-    return "<h2>Curves</h2>" + svg[svg.index("<svg") :]

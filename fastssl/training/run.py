@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import platform
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
+import fastssl
 from fastssl import distributed
 from fastssl.training.config import Config, dump
 
@@ -43,6 +49,41 @@ def keep_config(config: Config, folder: Path) -> None:
     """Write the resolved configuration into the run's folder."""
     text = dump(config)
     distributed.on_main(lambda: (folder / "config.yaml").write_text(text, encoding="utf-8"))
+
+
+def keep_versions(folder: Path, step: int, data: str) -> None:
+    """Add a line to versions.jsonl: what goes on after `step` with which software, on what data."""
+    distributed.on_main(lambda: _keep_versions(folder / "versions.jsonl", step, data))
+
+
+def _keep_versions(file: Path, step: int, data: str) -> None:
+    line = {
+        "step": step,
+        "fastssl": fastssl.__version__,
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "data": data,
+    }
+    with open(file, "a" if step else "w", encoding="utf-8") as lines:
+        lines.write(json.dumps(line) + "\n")
+
+
+def _commit() -> str | None:
+    """Of the checkout that this package lies in, with "+changes" where files differ from it."""
+    root = Path(fastssl.__file__).resolve().parents[1]
+    # Installed into an environment inside of somebody's repository, that one's commit says nothing.
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        )
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+changes" if changed.returncode else "")
 
 
 class StopRequest:

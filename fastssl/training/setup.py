@@ -19,10 +19,11 @@ from fastssl.data.loader import CropsDataset, Loader, build_loader, num_samples,
 from fastssl.data.views import View
 from fastssl.distributed import World
 from fastssl.methods import Method, build_method, make_views, method_class
-from fastssl.models import load_pretrained
+from fastssl.models import LoadReport, load_pretrained
 from fastssl.nn import SyncBatchNorm
 from fastssl.optim import build_adamw, build_lamb, build_lars, build_sgd, scale_lr
 from fastssl.training.config import Config
+from fastssl.training.start import start_from
 
 # What may be called from outside a sharded method, besides forward.
 FORWARD_METHODS = ("features", "reconstruct")
@@ -44,6 +45,8 @@ def datasets(
         seed=config.seed,
         region=None if views.region is None else tuple(views.region),
         crops_per_image=views.crops_per_image,
+        repeats=views.repeats,
+        shard_window=config.loader.shard_window,
         mean=tuple(views.mean),
         std=tuple(views.std),
         eval_scale=tuple(judged.scale),
@@ -81,6 +84,7 @@ def loader(config: Config, train_set: PretrainingCrops, world: World, start_step
         world_size=world.size,
         accumulation=accumulation(config, world),
         num_workers=config.loader.num_workers,
+        prefetch=config.loader.prefetch,
         device=world.device,
         seed=config.seed,
     )
@@ -108,6 +112,13 @@ def uses_bf16(config: Config, device: torch.device) -> bool:
     return torch.cuda.is_bf16_supported()
 
 
+def gathers_bf16(config: Config, device: torch.device) -> bool:
+    """Whether sharded parameters are gathered in bf16 and computed with as such."""
+    if config.train.param_dtype == "auto":
+        return device.type != "cpu" and uses_bf16(config, device)
+    return config.train.param_dtype == "bf16"
+
+
 def accumulation(config: Config, world: World) -> int:
     """Micro-batches of one optimizer step, per rank: all ranks' make up the global batch."""
     train = config.train
@@ -131,12 +142,16 @@ def micro_batch_size(config: Config, world: World) -> int:
     return config.train.global_batch_size // (world.size * accumulation(config, world))
 
 
-def position(config: Config, train_set: PretrainingCrops) -> dict[str, int]:
+def position(config: Config, train_set: PretrainingCrops) -> dict[str, int | None]:
     """What the place of a step in the data depends on; it must not change when a run resumes."""
+    repeats, window = config.views.repeats, config.loader.shard_window
     return {
         "seed": config.seed,
         "train.global_batch_size": config.train.global_batch_size,
         "the number of samples in data": len(train_set),
+        # None by default, as what is missing in checkpoints from before there were such keys.
+        "views.repeats": repeats if repeats > 1 else None,
+        "loader.shard_window": window or None,
     }
 
 
@@ -157,13 +172,49 @@ def method_of(config: Config, **options: Any) -> Method:
 def method_and_optimizer(
     config: Config, world: World, train_set: PretrainingCrops
 ) -> tuple[Method, Optimizer]:
-    """Weights by config.seed, the same on all ranks, then compiled and sharded as configured."""
+    """Weights by config.seed, the same on all ranks, then compiled and sharded as configured.
+
+    Of several ranks the first alone ever holds the whole model, on the CPU.
+    """
+
+    def build() -> Method:
+        return _whole_method(config, world, train_set)
+
+    if world.size == 1:
+        method = build().to(world.device)
+    else:
+        method, tensors = distributed.build_once(build, world)
+        method = SyncBatchNorm.convert_sync_batchnorm(
+            method, distributed.subgroup(config.train.batch_norm_ranks)
+        )
+    if config.train.compile:
+        # FSDP's hooks stand between the blocks: there, each is compiled by itself.
+        for module in [method] if world.size == 1 else distributed.blocks(method):
+            module.compile()
+    if world.size > 1:
+        distributed.shard(
+            method,
+            world,
+            FORWARD_METHODS,
+            shard_ranks=config.train.shard_ranks,
+            param_dtype=torch.bfloat16 if gathers_bf16(config, world.device) else None,
+        )
+        distributed.fill(method, world, tensors)
+    optimizer = optimizer_of(config, method)
+    _check_schedules(config, method, optimizer)
+    # What still draws from the global generators (stochastic depth) differs between ranks.
+    _seed(config.seed + 1 + world.rank)
+    return method, optimizer
+
+
+def _whole_method(config: Config, world: World, train_set: PretrainingCrops) -> Method:
+    """The method as it starts: by seed, and from weights if there are any."""
+    loaded: list[tuple[nn.Module, LoadReport]] = []
 
     def prepare(encoder: nn.Module) -> None:
-        if config.model.weights is not None:
-            report = load_pretrained(encoder, config.model.weights)
-            if world.is_main:
-                print(report)
+        # The other ranks get the values from the first.
+        if config.model.weights is not None and world.is_main:
+            loaded.append((encoder, load_pretrained(encoder, config.model.weights)))
         if config.train.grad_checkpointing:
             if not hasattr(encoder, "set_grad_checkpointing"):
                 raise ValueError(
@@ -178,25 +229,12 @@ def method_and_optimizer(
         steps_per_epoch=steps_per_epoch(train_set, config.train.global_batch_size),
         prepare=prepare,
     )
-    if world.size > 1:
-        method = SyncBatchNorm.convert_sync_batchnorm(
-            method, distributed.subgroup(config.train.batch_norm_ranks)
-        )
-    method.to(world.device)
-    if config.train.compile:
-        # FSDP's hooks stand between the blocks: there, each is compiled by itself.
-        for module in [method] if world.size == 1 else distributed.blocks(method):
-            module.compile()
-    if world.size > 1:
-        distributed.shard(method, world, FORWARD_METHODS)
-    optimizer = _optimizer(config, method)
-    _check_schedules(config, method, optimizer)
-    # What still draws from the global generators (stochastic depth) differs between ranks.
-    _seed(config.seed + 1 + world.rank)
-    return method, optimizer
+    for encoder, report in loaded:
+        print(start_from(method, encoder, report))
+    return method
 
 
-def _optimizer(config: Config, method: Method) -> Optimizer:
+def optimizer_of(config: Config, method: Method) -> Optimizer:
     """The optimizer that config.optim names, on the method's parameters as they are sharded."""
     optim = config.optim
     groups = {"layer_decay": optim.layer_decay, "fixed_lr": optim.fixed_lr}

@@ -5,6 +5,7 @@ This file imports nothing of the project, so that setup.py can load it by path.
 
 import os
 import shutil
+from pathlib import Path
 
 
 def backend() -> str | None:
@@ -22,6 +23,24 @@ def attention() -> str | None:
         known = ", ".join(ATTENTIONS)
         raise ValueError(f"FASTSSL_ATTENTION must be one of {known}, got {name!r}")
     return name
+
+
+def cache_dir() -> Path:
+    """FASTSSL_CACHE: where indices and downloaded shards are kept; else the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    return Path(os.environ.get("FASTSSL_CACHE") or os.path.join(home, "fastssl")).expanduser()
+
+
+def cache_bytes() -> int:
+    """FASTSSL_CACHE_GB: the room for downloaded shards in the cache, in units of 10**9 bytes."""
+    value = os.environ.get("FASTSSL_CACHE_GB") or "100"
+    try:
+        gigabytes = float(value)
+    except ValueError:
+        gigabytes = 0.0
+    if not 0 < gigabytes < float("inf"):
+        raise ValueError(f"FASTSSL_CACHE_GB must be a positive number, got {value!r}")
+    return int(gigabytes * 10**9)
 
 
 def build_cpp() -> bool:

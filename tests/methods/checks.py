@@ -93,14 +93,15 @@ def part_of(batch: Batch, part: int, parts: int) -> Batch:
 
 
 def run_steps(
-    case: Case, accumulation: int = 1, num_steps: int | None = None
+    case: Case, accumulation: int = 1, num_steps: int | None = None, shard_ranks: int = 0
 ) -> tuple[list[float], dict[str, Tensor]]:
     """Losses of this rank's share, and the whole state after some steps made as the loop does."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     method = build(case).double()
     if world > 1:
         method = SyncBatchNorm.convert_sync_batchnorm(method)
-        distributed.shard(method, World(rank, world, torch.device("cpu")), FORWARD_METHODS)
+        here = World(rank, world, torch.device("cpu"))
+        distributed.shard(method, here, FORWARD_METHODS, shard_ranks=shard_ranks)
     trained = [p for p in method.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9)
     losses = []
@@ -136,10 +137,10 @@ def same_state(case: Case, got: Mapping[str, Tensor], expected: Mapping[str, Ten
         )
 
 
-def check_processes(gloo_pool, case: Case, world: int = 2) -> None:
+def check_processes(gloo_pool, case: Case, world: int = 2, shard_ranks: int = 0) -> None:
     """Processes that share the batches end with the losses and the state of one."""
     ((losses, state),) = gloo_pool.run(run_steps, 1, case)
-    results = gloo_pool.run(run_steps, world, case)
+    results = gloo_pool.run(run_steps, world, case, 1, None, shard_ranks)
     mean = torch.tensor([r[0] for r in results], dtype=torch.float64).mean(0)
     expected = torch.tensor(losses, dtype=torch.float64)
     torch.testing.assert_close(mean, expected, rtol=case.rtol, atol=case.atol)

@@ -1,6 +1,7 @@
 """Checkpoints: whole or not there, and everything in them comes back."""
 
 import json
+import os
 import random
 import shutil
 
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 
 from fastssl.optim import build_adamw, set_hyperparameters
-from fastssl.training import checkpoint
+from fastssl.training import checkpoint, checkpoint_files
+from fastssl.training.rng import preserved_rng_state
 from tests.training.tiny import assert_same_tensors, saved_tensors
 
 POSITION = {"seed": 0, "train.global_batch_size": 8}
@@ -30,7 +32,11 @@ def step(module, optimizer):
 
 
 def save(folder, number, module, optimizer, keep=2):
-    return checkpoint.save(folder, number, module, optimizer, position=POSITION, keep=keep)
+    checkpoints = checkpoint.Checkpoints(folder, keep=keep)
+    checkpoints.save(number, module, optimizer, position=POSITION)
+    outcome = checkpoints.outcome()
+    assert outcome.error is None and outcome.step == number
+    return outcome.path
 
 
 def state(module, optimizer):
@@ -94,7 +100,7 @@ def test_a_half_written_checkpoint_is_ignored_and_removed(tmp_path, monkeypatch)
     good = save(tmp_path, 2, module, optimizer)
     # The power goes after the tensors are written, before the folder gets its name.
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_publish", lambda *_: 1 / 0)
+        patch.setattr(checkpoint_files, "publish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             save(tmp_path, 4, module, optimizer)
     assert [path.name for path in tmp_path.glob("step_00000004*")] == ["step_00000004.writing"]
@@ -125,10 +131,10 @@ def test_a_folder_without_its_last_file_is_ignored(tmp_path):
 
 def test_the_tensors_are_on_disk_before_the_name(tmp_path, monkeypatch):
     order = []
-    real_rename, real_sync = checkpoint.os.rename, checkpoint.os.fsync
-    monkeypatch.setattr(checkpoint.os, "fsync", lambda fd: (order.append("fsync"), real_sync(fd)))
+    real_rename, real_sync = os.rename, os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (order.append("fsync"), real_sync(fd)))
     monkeypatch.setattr(
-        checkpoint.os, "rename", lambda a, b: (order.append(f"rename {b.name}"), real_rename(a, b))
+        os, "rename", lambda a, b: (order.append(f"rename {b.name}"), real_rename(a, b))
     )
     module, optimizer = make()
     save(tmp_path, 2, module, optimizer)
@@ -141,6 +147,7 @@ def test_nothing_but_torchs_metadata_is_pickled(tmp_path):
     module, optimizer = make()
     path = save(tmp_path, 2, module, optimizer)
     assert {p.suffix or p.name for p in path.iterdir()} == {".distcp", ".metadata", ".json"}
+    assert_same_tensors(saved_tensors(path), state(module, optimizer))
     for file in path.glob("*.json"):
         json.loads(file.read_text())
     metadata = torch.distributed.checkpoint.FileSystemReader(path).read_metadata()
@@ -171,7 +178,7 @@ def test_preserved_rng_state():
     torch.manual_seed(3), random.seed(3), np.random.seed(3)
     expected = torch.rand(2), random.random(), np.random.rand()
     torch.manual_seed(3), random.seed(3), np.random.seed(3)
-    with checkpoint.preserved_rng_state():
+    with preserved_rng_state():
         torch.rand(7), random.gauss(0, 1), np.random.randn()
     assert torch.equal(torch.rand(2), expected[0])
     assert (random.random(), np.random.rand()) == expected[1:]

@@ -1,12 +1,12 @@
-"""Meter, clock and log."""
+"""Meter, clock, and the line that shows them."""
 
-import json
 import time
 
 import torch
 
 from fastssl.distributed import World
-from fastssl.training.metrics import Clock, Log, Meter, peak_memory_mb
+from fastssl.training.config import Config, LogConfig, TrainConfig
+from fastssl.training.metrics import Clock, Log, Meter, peak_memory_mb, progress_line
 
 CPU = torch.device("cpu")
 
@@ -52,55 +52,64 @@ def test_peak_memory_is_that_of_the_process():
     assert peak_memory_mb(CPU) >= max(before, block.nbytes / 2**20)
 
 
-def test_lines_continue_where_a_resumed_run_goes_on(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    log = Log(tmp_path, World(0, 1, CPU), start_step=0, num_steps=9, tensorboard=False)
-    for step in (1, 2, 3):
-        log.write(step, "train", {"loss": float(step)})
-    log.close()
-    with open(path, "a") as file:
-        file.write('{"step": 1, "ki')  # cut short by a crash
-    log = Log(tmp_path, World(0, 1, CPU), start_step=2, num_steps=9, tensorboard=False)
-    log.write(3, "train", {"loss": 30.0})
-    log.write(3, "eval", {"knn": 1.0})
-    log.close()
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert lines == [
-        {"step": 1, "kind": "train", "loss": 1.0},
-        {"step": 2, "kind": "train", "loss": 2.0},
-        {"step": 3, "kind": "train", "loss": 30.0},
-        {"step": 3, "kind": "eval", "knn": 1.0},
-    ]
+def log_of(folder, rank=0, size=1, **keys):
+    config = Config(log=LogConfig(tensorboard=False, **keys), train=TrainConfig(steps=9))
+    return Log(folder, config, World(rank, size, CPU), start_step=0)
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    log = Log(tmp_path, World(1, 2, CPU), start_step=0, num_steps=9, tensorboard=True)
+    log = log_of(tmp_path, rank=1, size=2, csv=True, wandb=True)
     log.write(1, "train", {"loss": 1.0})
+    log.picture(1, "reconstructions", tmp_path / "none.png")
     log.progress(1, {"loss": 1.0})
     log.say("hello")
     log.close()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_bar_shows_loss_speed_waiting_and_memory(tmp_path, capsys):
-    log = Log(tmp_path, World(0, 1, CPU), start_step=0, num_steps=9, tensorboard=False)
-    log.progress(
-        3,
-        {"loss": 0.5, "images_per_second": 123.4, "data_wait": 0.25, "peak_memory_mb": 345.6},
-    )
+VALUES = {
+    "loss": 0.5,
+    "lr": 1.5e-4,
+    "images_per_second": 123.4,
+    "data_wait": 0.25,
+    "peak_memory_mb": 345.6,
+    "grad_norm": 0.5234,
+}
+
+
+def test_the_line_shows_what_is_known(tmp_path, capsys):
+    log = log_of(tmp_path)
+    log.progress(3, VALUES)
+    log.write(3, "eval", {"knn": 45.12, "linear": 50.0, "rankme": 23.46})
+    log.progress(4, {"skipped_steps": 1})
+    shown = capsys.readouterr().err
+    assert "step 0/9" in shown and "k-NN" not in shown
+    log.progress(6, VALUES)
     log.close()
     shown = capsys.readouterr().err
-    assert "3/9" in shown
-    assert "loss 0.5000, 123 images/s, data wait 25%, 346 MB" in shown
+    assert "step 6/9 [" in shown
+    assert (
+        "loss 0.5000, lr 1.5e-04, 123 images/s, data wait 25%, 346 MB, grad 0.52, k-NN 45.1%, "
+        "RankMe 23.5" in shown
+    )
 
 
-def test_tensorboard_gets_the_same_numbers(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def test_speed_of_a_device_and_mfu_where_there_are_any():
+    values = VALUES | {"images_per_second_per_device": 61.7, "mfu": 0.4123, "rankme": 9.0}
+    line = progress_line(values)
+    assert "123 images/s, 62 a device, data wait 25%, MFU 41.2%, 346 MB" in line
+    # With step and times, a line of 120 characters.
+    assert line.endswith("RankMe 9.0") and len(line) < 120
 
-    log = Log(tmp_path, World(0, 1, CPU), start_step=0, num_steps=9, tensorboard=True)
-    log.write(1, "train", {"loss": 0.5})
-    log.write(2, "train", {"loss": 0.25})
+
+def test_a_line_that_cannot_be_written_is_said_once(tmp_path, capsys):
+    log = log_of(tmp_path)
+
+    def fail(step, kind, values):
+        raise OSError("disk full")
+
+    log._loggers[0].write = fail
+    for step in (1, 2):
+        log.write(step, "train", {"loss": 1.0})
     log.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 0.5), (2, 0.25)]
+    assert capsys.readouterr().out.count("the metrics of step 1 could not be written: disk") == 1

@@ -1,15 +1,23 @@
 """report.html holds what the run left, whole or in part, and the sheet its reconstructions."""
 
 import base64
+import io
 import json
+import time
 from html.parser import HTMLParser
+from itertools import pairwise
+from math import nan
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from fastssl.training.report import read_metrics, save_reconstructions, write_report
+from fastssl.training import report
+from fastssl.training.loop import Run, train
+from fastssl.training.report import LiveReport, read_metrics, save_reconstructions, write_report
+from fastssl.training.watch import NonFiniteError
+from tests.training.tiny import tiny_config
 
 VOID = {"meta", "img", "br", "link"}
 
@@ -93,9 +101,150 @@ def test_the_page_is_self_contained_and_escaped(run_dir):
 def test_the_curves_are_drawn(run_dir):
     page = page_of(run_dir)
     series = {value for name, value in page.attributes if name == "id"}
-    assert {"loss", "knn", "linear", "images_per_second", "lr"} <= series
+    of_train = {f"train-{name}" for name in ("loss", "images_per_second", "lr", "grad_norm")}
+    of_eval = {f"eval-{name}" for name in ("knn", "linear", "rankme")}
+    assert of_train | of_eval <= series
     assert page.tags.count("svg") == 1
     assert "k-NN" in page.text and "images/s" in page.text, "text stays text"
+    assert "train-mfu" not in series and "MFU" not in page.text, "nothing is known of it"
+
+
+def test_speed_of_a_device_and_mfu_where_there_are_any(run_dir):
+    line = {"step": 3, "kind": "train", "images_per_second": 100.0, "mfu": 0.4125}
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(line | {"images_per_second_per_device": 50.0}) + "\n")
+    page = page_of(run_dir)
+    assert "images/s of one device, median 50.0" in page.words and "MFU, median 41.2%" in page.words
+    assert ("id", "train-mfu") in page.attributes
+
+
+def test_a_long_curve_is_thinned_and_ends_with_the_newest(tmp_path):
+    points = [{"step": i, "kind": "train", "loss": 1 + i / 1e4} for i in range(10_001)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, points)))
+    short, long = tmp_path / "short", tmp_path
+    short.mkdir()
+    (short / "metrics.jsonl").write_text("\n".join(map(json.dumps, points[-401:])))
+    sizes = [write_report(folder).stat().st_size for folder in (short, long)]
+    assert sizes[1] < 1.5 * sizes[0]
+    page = (tmp_path / "report.html").read_text()
+    assert "<td>10000</td>" in page and "<td>2.0000</td>" in page
+
+
+def pictures_of(page):
+    """The pixels of every <img>, all of which lie in the page itself."""
+    sources = [value for name, value in page.attributes if name == "src"]
+    assert page.tags.count("img") == len(sources)
+    pictures = []
+    for source in sources:
+        kind, data = source.split(",", 1)
+        assert kind == "data:image/png;base64"
+        with Image.open(io.BytesIO(base64.b64decode(data, validate=True))) as picture:
+            pictures.append(np.asarray(picture.convert("RGB")))
+    return pictures
+
+
+def test_the_page_of_a_run_shows_pictures_and_curves(images, tmp_path):
+    folder = train(tiny_config(images, tmp_path, "train.steps=2"))
+    page = Page((folder / "report.html").read_text(encoding="utf-8"))
+    (sheet,) = pictures_of(page)
+    assert sheet.shape[0] > 100 and sheet.std() > 20, "not blank"
+    assert {"train-loss", "eval-knn"} <= {v for name, v in page.attributes if name == "id"}
+    # Namespaces are names. Nothing is fetched from anywhere.
+    fetched = [v for name, v in page.attributes if "://" in v and not name.startswith("xmlns")]
+    assert fetched == [] and {"script", "link", "iframe"}.isdisjoint(page.tags)
+    # A finished run's page stays as it is.
+    assert "http-equiv" not in dict(page.attributes) and "The run goes on" not in page.words
+
+
+def test_a_run_that_ends_by_an_error_leaves_a_page_that_stays(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "_forward_backward", lambda run, batch: {"loss": torch.tensor(nan)})
+    config = tiny_config(images, tmp_path, "train.max_bad_steps=2", "eval.max_images=0")
+    with pytest.raises(NonFiniteError):
+        train(config)
+    page = Page((tmp_path / "tiny" / "report.html").read_text(encoding="utf-8"))
+    assert "http-equiv" not in dict(page.attributes)
+
+
+def test_the_page_loads_itself_again_while_the_run_goes_on(run_dir):
+    page = Page(write_report(run_dir, reload_every=30.0).read_text(encoding="utf-8"))
+    assert dict(page.attributes)["http-equiv"] == "refresh"
+    assert dict(page.attributes)["content"] == "30" and "The run goes on" in page.words
+    assert sorted(p.name for p in run_dir.iterdir()) == [
+        "config.yaml", "metrics.jsonl", "reconstructions.png", "report.html", "skipped.json"
+    ]  # fmt: skip
+
+
+class Watched:
+    """Stands for write_report and for the time, which only this class lets pass."""
+
+    def __init__(self, monkeypatch, cost):
+        self.now, self.cost, self.written = 100.0, cost, []
+        monkeypatch.setattr(report, "write_report", self.write)
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+    def write(self, folder, *, reload_every):
+        self.written.append((self.now, reload_every))
+        self.now += self.cost
+
+
+@pytest.mark.parametrize("cost, share", [(0.001, 0.001 / 30), (5.0, 0.01)])
+def test_refreshes_keep_their_pace_and_their_share(monkeypatch, tmp_path, cost, share):
+    watched = Watched(monkeypatch, cost)
+    live = LiveReport(tmp_path, 30.0)
+    while watched.now < 10_100:
+        watched.now += 0.1
+        live.refresh()
+    starts = [at for at, _ in watched.written]
+    assert starts[0] == pytest.approx(130, abs=0.2)
+    pauses = [b - a for a, b in pairwise(starts)]
+    assert min(pauses) >= 30 and cost * len(starts) / 10_000 <= 1.01 * share
+    assert len(starts) > 0.9 * 10_000 / max(30, 101 * cost), "nor more seldom than need be"
+    assert {every for _, every in watched.written} == {30.0}
+
+
+def test_a_refresh_that_failed_is_not_tried_at_once_again(monkeypatch, tmp_path):
+    watched = Watched(monkeypatch, 0.0)
+    live = LiveReport(tmp_path, 30.0)
+    watched.now += 31
+
+    def fail(folder, *, reload_every):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(report, "write_report", fail)
+    with pytest.raises(OSError):
+        live.refresh()
+    assert not live.refresh()
+    monkeypatch.setattr(report, "write_report", watched.write)
+    watched.now += 31
+    assert live.refresh()
+
+
+def test_no_refreshes_where_none_are_wanted(monkeypatch, tmp_path):
+    watched = Watched(monkeypatch, 0.0)
+    live = LiveReport(tmp_path, 0.0)
+    watched.now += 1e6
+    assert not live.refresh() and watched.written == []
+
+
+def test_a_run_refreshes_its_page_and_survives_a_full_disk(
+    images, tmp_path, monkeypatch, capsys, no_report
+):
+    refreshes = []
+
+    def refresh(folder, *, reload_every):
+        train_lines, _ = read_metrics(folder / "metrics.jsonl")
+        refreshes.append((train_lines[-1]["step"], reload_every))
+        if len(refreshes) == 2:
+            raise OSError("disk full")
+
+    monkeypatch.setattr(report, "write_report", refresh)
+    monkeypatch.setattr(report, "_SHARE", 1e9)
+    words = ["train.steps=3", "log.report_every=1.0e-9", "eval.max_images=0"]
+    train(tiny_config(images, tmp_path, *words))
+    assert refreshes == [(1, 1.0), (2, 1.0), (3, 1.0)], "seconds are whole ones"
+    assert "warning: report.html of step 2 could not be written: disk full" in (
+        capsys.readouterr().out
+    )
 
 
 def test_the_page_is_reproducible(run_dir):

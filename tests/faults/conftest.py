@@ -1,0 +1,3 @@
+"""Faults happen to whole runs."""
+
+from tests.training.conftest import images, no_report  # noqa: F401  (fixtures)
