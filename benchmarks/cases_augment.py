@@ -1,8 +1,8 @@
 """Views of images of 500 x 375 as SimCLR and DINO take them, from pixels and from JPEG files.
 
-Beside the formulas in eager PyTorch: the crops by Pillow and the colours by batched PyTorch, as
-`fastssl.data` makes views in a worker, and kornia, where it is installed. kornia draws its own
-numbers and resizes without antialiasing, so that its views are others.
+Beside the formulas in eager PyTorch: Pillow with torch ops image by image, as torchvision has it,
+and kornia, where it is installed. kornia draws its own numbers and resizes without antialiasing, so
+that its views are others. JPEG files are each decoded once; by Pillow for the rivals.
 """
 
 import importlib.util
@@ -16,10 +16,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from benchmarks.published_views import one_view
 from benchmarks.registry import FORWARD, Case, Contender, forward_only
 from fastssl import functional as F
-from fastssl.data.transforms import IMAGENET_MEAN, IMAGENET_STD, RandomResizedCrop, normalize
-from fastssl.data.views import View
+from fastssl.data.decode import Pixels, decode_bytes
+from fastssl.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from fastssl.data.views import View, decode_later, kernel_size, make_views
 
 HEIGHT, WIDTH = 375, 500
 SIMCLR_COLOR = {
@@ -55,21 +57,17 @@ def _case(name: str, batch: int, views: list[View], jpeg: bool) -> Case:
             F.keyed_uniform(torch.arange(batch), view.num_uniforms, seed=0, view=number)
             for number, view in enumerate(views)
         ]
-        return (files if jpeg else [_decode(file) for file in files]), uniforms
+        return (files if jpeg else [decode_bytes(file, "") for file in files]), uniforms
 
     def contenders(device: torch.device) -> dict[str, Contender]:
-        open_all = (lambda files: [_decode(file) for file in files]) if jpeg else list
-        found = {"eager": partial(_ours, views, "reference", device)}
+        fast = (lambda files: [decode_bytes(file, "") for file in files]) if jpeg else list
+        found = {"eager": partial(_ours, views, fast, "reference", device)}
         if device.type == "cpu":
             found["pillow"] = partial(_pillow, views)
-        found["fastssl"] = partial(_ours, views, None, device)
+        found["fastssl"] = partial(_ours, views, fast, None, device)
         if importlib.util.find_spec("kornia") is not None:
             found["kornia"] = partial(_kornia, [_kornia_view(view) for view in views], device)
-
-        def of(function: Callable) -> Contender:
-            return forward_only(lambda images, uniforms: function(open_all(images), uniforms))
-
-        return {name: of(function) for name, function in found.items()}
+        return {name: forward_only(function) for name, function in found.items()}
 
     pixels = sum(view.size[0] * view.size[1] for view in views)
     sizes = [f"{view.size[0]}" for view in views]
@@ -105,77 +103,39 @@ def _encode(picture: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def _decode(file: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(file))
-    image.load()
-    return image
+def _opened(images: list) -> list[Image.Image]:
+    """By Pillow, from files or pixels."""
+    if isinstance(images[0], bytes):
+        return [Image.open(io.BytesIO(file)).convert("RGB") for file in images]
+    return [Image.fromarray(pixels) for pixels in images]
 
 
 def _ours(
     views: list[View],
+    decoded: Callable[[list], list[Pixels]],
     backend: str | None,
     device: torch.device,
-    images: list[Image.Image],
+    images: list,
     uniforms: list[Tensor],
 ) -> tuple[Tensor, ...]:
-    """Views of one size in one call, split afterwards."""
-    arrays = [torch.from_numpy(np.array(image)) for image in images]
-    lengths = torch.tensor([array.numel() for array in arrays])
-    pixels = torch.cat([array.flatten() for array in arrays]).to(device)
-    shapes = torch.tensor([array.shape[:2] for array in arrays])
-    results: dict[int, Tensor] = {}
-    for size in dict.fromkeys(view.size for view in views):
-        numbers = [n for n, view in enumerate(views) if view.size == size]
-        arguments = [_arguments(views[n], images, uniforms[n]) for n in numbers]
-        boxes, params = zip(*arguments, strict=True)
-        small = (lengths.cumsum(0) - lengths, shapes, torch.arange(len(images)).repeat(len(boxes)))
-        out = F.augment_views(
-            pixels,
-            *(value.to(device) for value in (*small, torch.cat(boxes), torch.cat(params))),
-            size=size,
-            kernel_size=views[numbers[0]].kernel_size,
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
-            backend=backend,
-        )
-        results |= zip(numbers, out.split(len(images)), strict=True)
-    return tuple(results[n] for n in range(len(views)))
+    batch = decode_later(views, decoded(images), uniforms).map(lambda tensor: tensor.to(device))
+    return make_views(batch, mean=IMAGENET_MEAN, std=IMAGENET_STD, backend=backend)
 
 
-def _arguments(view: View, images: list[Image.Image], uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """`boxes` and `params` of a view, from the numbers that it is drawn with."""
-    crop = RandomResizedCrop(view.size, view.scale, view.ratio, view.flip)
-    rows = zip(images, uniforms.tolist(), strict=True)
-    boxes = [crop.box((0, 0, *image.size), numbers) for image, numbers in rows]
-    flip, jitter, factors, order, grey, blur, sigma, invert = uniforms[:, 4:].split(
-        (1, 1, 4, 4, 1, 1, 1, 1), dim=1
-    )
-    spread = torch.tensor([view.brightness, view.contrast, view.saturation, view.hue])
-    low = torch.cat([(1 - spread[:3]).clamp(min=0), -spread[3:]])
-    high = torch.cat([1 + spread[:3], spread[3:]])
-    sigma = view.sigma[0] + sigma * (view.sigma[1] - view.sigma[0])
-    columns = (
-        *(flip < view.flip, jitter < view.jitter, low + factors * (high - low)),
-        *(order.argsort(dim=1, stable=True), grey < view.grey),
-        *(torch.where(blur < view.blur, sigma, 0.0), invert < view.solarize),
-    )
-    return torch.tensor(boxes), torch.cat([column.float() for column in columns], dim=1)
-
-
-def _pillow(
-    views: list[View], images: list[Image.Image], uniforms: list[Tensor]
-) -> tuple[Tensor, ...]:
-    regions = [(0, 0, *image.size) for image in images]
-    return tuple(
-        normalize(view(images, regions, numbers), IMAGENET_MEAN, IMAGENET_STD)
-        for view, numbers in zip(views, uniforms, strict=True)
-    )
+def _pillow(views: list[View], images: list, uniforms: list[Tensor]) -> tuple[Tensor, ...]:
+    opened = _opened(images)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    made = []
+    for view, draws in zip(views, uniforms, strict=True):
+        rows = zip(opened, draws.tolist(), view.params(draws).tolist(), strict=True)
+        made.append(torch.stack([(one_view(i, view, n, p) - mean) / std for i, n, p in rows]))
+    return tuple(made)
 
 
 def _kornia_view(view: View) -> nn.Module:
     from kornia import augmentation as K
 
-    side = view.kernel_size
+    side = kernel_size(view.size)
     factors = (view.brightness, view.contrast, view.saturation, view.hue)
     return nn.Sequential(
         K.RandomResizedCrop(view.size, view.scale, view.ratio),
@@ -191,9 +151,9 @@ def _kornia_view(view: View) -> nn.Module:
 def _kornia(
     views: list[nn.Module],
     device: torch.device,
-    images: list[Image.Image],
+    images: list,
     uniforms: list[Tensor],
 ) -> tuple[Tensor, ...]:
-    arrays = np.stack([np.array(image) for image in images])
+    arrays = np.stack([np.array(image) for image in _opened(images)])
     batch = torch.from_numpy(arrays).to(device).permute(0, 3, 1, 2).float() / 255
     return tuple(view(batch) for view in views)

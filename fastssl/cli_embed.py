@@ -113,7 +113,7 @@ def embed(
     size = (size, size) if isinstance(size, int) else size
     images = ImageFiles(root, files)
     images.skipped.update(unreadable)
-    dataset = LabelledImages(images, [CenterCrop(size)], mean=subject.mean, std=subject.std)
+    dataset = LabelledImages(images, CenterCrop(size), mean=subject.mean, std=subject.std)
     part = out.with_name(f"{out.name}.rank_{world.rank}.writing")
     try:
         rows, dim, skipped = _spool(subject, dataset, part, world, arguments)

@@ -64,7 +64,7 @@ def expected(run, folder):
     crops = []
     for path in paths:
         with Image.open(folder / path) as image:
-            crops.append(CenterCrop((16, 16)).crop(image, (0, 0, *image.size)))
+            crops.append(CenterCrop((16, 16))(np.array(image.convert("RGB"))))
     with torch.no_grad():
         images = normalize(torch.stack(crops), IMAGENET_MEAN, IMAGENET_STD)
         return model.features(images).numpy(), paths
@@ -140,7 +140,7 @@ def test_released_weights_and_image_size(folder, tmp_path):
     assert cli_embed.main(words) == 0
     features, paths = read(out)
     with Image.open(folder / paths[0]) as image:
-        crop = CenterCrop((16, 16)).crop(image, (0, 0, *image.size))
+        crop = CenterCrop((16, 16))(np.array(image.convert("RGB")))
     with torch.no_grad():
         row = model.eval()(normalize(crop[None], IMAGENET_MEAN, IMAGENET_STD))
     np.testing.assert_allclose(features[:1], row, atol=1e-5)

@@ -12,6 +12,28 @@ from fastssl import functional as F
 
 
 @dataclass
+class Decoded:
+    """Decoded pictures, and what V views of each of them are: arguments of `augment_views`.
+
+    pixels: [P] uint8. offsets [B], shapes [B, 2]: where each picture lies in them.
+    boxes: [V, B, 4] int64. params: [V, B, 13] float32.
+    sizes: (height, width) of each view.
+    """
+
+    pixels: Tensor
+    offsets: Tensor
+    shapes: Tensor
+    boxes: Tensor
+    params: Tensor
+    sizes: tuple[tuple[int, int], ...]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Decoded:
+        """The same with `function` of every tensor."""
+        tensors = self.pixels, self.offsets, self.shapes, self.boxes, self.params
+        return Decoded(*map(function, tensors), self.sizes)
+
+
+@dataclass
 class Batch:
     """Views of the samples of one micro-batch, and what names them, so that randomness is keyed.
 
@@ -21,6 +43,7 @@ class Batch:
     step: the optimizer step that the batch is for.
     labels: [B] int64, in evaluation only.
     skipped: {path: reason} of the broken files met while this batch was read.
+    decoded: in place of views, from a worker, what the loader makes them of on its device.
     """
 
     views: tuple[Tensor, ...]
@@ -30,6 +53,7 @@ class Batch:
     step: int = 0
     labels: Tensor | None = None
     skipped: dict[str, str] | None = None
+    decoded: Decoded | None = None
 
     def __len__(self) -> int:
         return self.index.shape[0]
@@ -54,8 +78,12 @@ class Batch:
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Tell the allocator that `stream` uses the tensors, too."""
-        for tensor in (*self.views, self.index, *([] if self.labels is None else [self.labels])):
+
+        def record(tensor: Tensor) -> Tensor:
             tensor.record_stream(stream)
+            return tensor
+
+        self._map(record)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         return replace(
@@ -63,4 +91,5 @@ class Batch:
             views=tuple(function(view) for view in self.views),
             index=function(self.index),
             labels=None if self.labels is None else function(self.labels),
+            decoded=None if self.decoded is None else self.decoded.map(function),
         )

@@ -6,12 +6,12 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastssl import functional as F
 from fastssl.data.batch import Batch
+from fastssl.data.decode import Pixels
 from fastssl.data.pictures import Pictures
 from fastssl.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Box, RandomResizedCrop
 from fastssl.data.views import View, see_through
@@ -19,26 +19,36 @@ from fastssl.data.views import View, see_through
 
 @dataclass(frozen=True)
 class Request:
-    """The samples of one micro-batch, as a sampler hands it to a worker."""
+    """The samples of one micro-batch, as a sampler hands it to a worker.
+
+    keep_decoded: the views are to be made by the loader, on its device.
+    """
 
     indices: Tensor  # [B] int64
     epoch: int = 0
     view: int = 0
     step: int = 0
+    keep_decoded: bool = False
 
 
-def left_half(image: Image.Image) -> Box:
+def whole(picture: Pixels) -> Box:
+    return 0, 0, picture.shape[1], picture.shape[0]
+
+
+def left_half(picture: Pixels) -> Box:
     """The half of a picture for training."""
-    return 0, 0, max(image.width // 2, 1), image.height
+    height, width, _ = picture.shape
+    return 0, 0, max(width // 2, 1), height
 
 
-def right_half(image: Image.Image) -> Box:
+def right_half(picture: Pixels) -> Box:
     """The held-out half. Disjoint from the left one unless the picture is one pixel wide.
 
     Left and right, because what a photograph shows changes less from side to side than from sky
     to ground.
     """
-    return min(image.width // 2, image.width - 1), 0, image.width, image.height
+    height, width, _ = picture.shape
+    return min(width // 2, width - 1), 0, width, height
 
 
 class PretrainingCrops(Dataset[Batch]):
@@ -79,38 +89,40 @@ class PretrainingCrops(Dataset[Batch]):
         return len(self.files) * self.crops_per_image * self.repeats
 
     def __getitem__(self, request: Request) -> Batch:
-        """The views of the samples that the request names, each uint8 [B, 3, H, W]."""
-        _, views = see_through(
+        """The views of the samples that the request names, each uint8 [B, 3, H, W]; or what they
+        are to be made of."""
+        _, seen = see_through(
             self.views,
-            self._images(request.indices),
+            self._pictures(request.indices),
             request.indices,
             seed=self.seed,
             epoch=request.epoch,
             view=request.view,
+            keep_decoded=request.keep_decoded,
         )
         # A worker's own list reaches the main process with its batches.
         new = dict(list(self.files.skipped.items())[self._num_reported :])
         self._num_reported = len(self.files.skipped)
         return Batch(
-            views,
+            () if request.keep_decoded else seen,
             request.indices,
             request.epoch,
             request.view,
             request.step,
             skipped=new or None,
+            decoded=seen if request.keep_decoded else None,
         )
 
-    def _images(self, indices: Tensor) -> Iterator[tuple[int, Image.Image, Box]]:
+    def _pictures(self, indices: Tensor) -> Iterator[tuple[int, Pixels, Box]]:
         """(row, picture, the part of it that the sample is)."""
         if self.region is not None:
             regions = F.keyed_uniform(
                 indices, self.region.num_uniforms, seed=self.seed, stream=F.STREAM_REGION
             ).tolist()
         for row, index in enumerate(indices.tolist()):
-            position, image = self.files.read_or_next(index % len(self.files))
-            whole = (0, 0, image.width, image.height)
-            box = left_half(image) if position in self.held_out else whole
-            yield row, image, box if self.region is None else self.region.box(box, regions[row])
+            position, picture = self.files.read_or_next(index % len(self.files))
+            box = (left_half if position in self.held_out else whole)(picture)
+            yield row, picture, box if self.region is None else self.region.box(box, regions[row])
 
     def describe(self) -> str:
         """One line for the log."""
@@ -162,7 +174,7 @@ class EvaluationCrops(Dataset[Batch]):
         crops = []
         for label, numbers in zip(labels.tolist(), uniforms, strict=True):
             # A file that was readable when the run began may be gone by now.
-            _, image = self.files.read_or_next(self.positions[label])
-            region = right_half(image) if self.held_out else left_half(image)
-            crops.append(self.crop(image, region, numbers))
+            _, picture = self.files.read_or_next(self.positions[label])
+            region = (right_half if self.held_out else left_half)(picture)
+            crops.append(self.crop(picture, region, numbers))
         return Batch((torch.stack(crops),), request.indices, labels=labels)

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from fastssl.data.decode import decode_image, image_extensions
+from fastssl.data.decode import Pixels, decode_image, image_extensions
 from fastssl.data.index import Names, cache_file, write_whole
 from fastssl.data.pictures import Pictures
 
@@ -159,5 +158,5 @@ class ImageFiles(Pictures):
     def path(self, position: int) -> str:
         return str(self.root / self._files[position])
 
-    def _decode(self, position: int) -> Image.Image:
+    def _decode(self, position: int) -> Pixels:
         return decode_image(self.path(position), self._shortest_side)

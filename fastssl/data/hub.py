@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from fastssl.data.decode import BrokenImage, decode_bytes, decode_image
+from fastssl.data.decode import BrokenImage, Pixels, decode_bytes, decode_image
 from fastssl.data.pictures import Pictures
 
 PREFIX = "hf:"
@@ -42,7 +40,7 @@ class HubImages(Pictures):
     def path(self, position: int) -> str:
         return f"{self.root}[{position}]"
 
-    def _decode(self, position: int) -> Image.Image:
+    def _decode(self, position: int) -> Pixels:
         name = self.path(position)
         stored = self._rows[position][self._column]
         if not stored or (stored["bytes"] is None and stored["path"] is None):

@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 
 from fastssl import functional as F
 from fastssl.data.batch import Batch
-from fastssl.data.crops import Request
-from fastssl.data.decode import BrokenImage
+from fastssl.data.crops import Request, whole
+from fastssl.data.decode import BrokenImage, Pixels
 from fastssl.data.digits import Digits
 from fastssl.data.folder import ImageFiles, list_images
 from fastssl.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Box
@@ -32,18 +32,17 @@ _VIEW = 3
 @dataclass(frozen=True)
 class CenterCrop:
     """The view of evaluation: the short side to size * 256 / 224 (bicubic, antialiased), then the
-    middle. size: (height, width) of the result. Used as a `View` that takes no random numbers."""
+    middle. size: (height, width) of the result."""
 
     size: tuple[int, int]
-    num_uniforms = 0
 
     def __post_init__(self) -> None:
         if len(self.size) != 2 or min(self.size) < 1:
             raise ValueError(f"size must be two positive numbers, got {self.size}")
 
-    def crop(self, image: Image.Image, region: Box, uniforms: Sequence[float] = ()) -> Tensor:
-        """The middle of `region`: uint8 [3, H, W]."""
-        image = image.crop(region)
+    def __call__(self, pixels: Pixels) -> Tensor:
+        """[h, w, 3] -> uint8 [3, H, W]."""
+        image = Image.fromarray(pixels)
         (height, width), (h, w) = self.size, (side * 256 // 224 for side in self.size)
         # The side that is the shorter for the wanted shape; the other is rounded down, as usual.
         if image.width * h <= image.height * w:
@@ -58,9 +57,6 @@ class CenterCrop:
         image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
-    def color(self, crops: Tensor, uniforms: Tensor) -> Tensor:
-        return crops
-
 
 class Images(Protocol):
     """What `LabelledImages` reads from: `ImageFiles`, or `Digits`."""
@@ -71,7 +67,7 @@ class Images(Protocol):
 
     def path(self, position: int) -> str: ...
 
-    def read(self, position: int) -> Image.Image: ...
+    def read(self, position: int) -> Pixels: ...
 
 
 class LabelledImages(Dataset[Batch]):
@@ -82,7 +78,7 @@ class LabelledImages(Dataset[Batch]):
 
     Args:
         images: where the pixels come from.
-        views: of each sample; one `CenterCrop`, or random ones, drawn by (seed, epoch, sample).
+        views: of each sample; a `CenterCrop`, or random ones, drawn by (seed, epoch, sample).
         positions: [N] int64; None: all.
         labels: [N] int64, or None where there are none.
         classes: the names of labels 0, 1, ...
@@ -92,7 +88,7 @@ class LabelledImages(Dataset[Batch]):
     def __init__(
         self,
         images: Images,
-        views: Sequence[View | CenterCrop],
+        views: CenterCrop | Sequence[View],
         *,
         positions: Tensor | None = None,
         labels: Tensor | None = None,
@@ -102,7 +98,7 @@ class LabelledImages(Dataset[Batch]):
         std: Sequence[float] = IMAGENET_STD,
     ):
         self.images = images
-        self.views = tuple(views)
+        self.views = views
         self.positions = torch.arange(len(images)) if positions is None else positions
         self.labels = labels
         self.classes = tuple(classes)
@@ -116,7 +112,7 @@ class LabelledImages(Dataset[Batch]):
     def path(self, index: int) -> str:
         return self.images.path(int(self.positions[index]))
 
-    def seen_through(self, views: Sequence[View | CenterCrop], seed: int = 0) -> LabelledImages:
+    def seen_through(self, views: CenterCrop | Sequence[View], seed: int = 0) -> LabelledImages:
         """The same samples in other views."""
         return LabelledImages(
             self.images,
@@ -131,10 +127,17 @@ class LabelledImages(Dataset[Batch]):
 
     def __getitem__(self, request: Request) -> Batch:
         """Those samples of the request that can be read; each view is uint8 [B, 3, H, W]."""
-        images = self._images(request.indices)
-        rows, views = see_through(
-            self.views, images, request.indices, seed=self.seed, epoch=request.epoch
-        )
+        pictures = self._pictures(request.indices)
+        if isinstance(self.views, CenterCrop):
+            rows, crops = [], [torch.empty(0, 3, *self.views.size, dtype=torch.uint8)]
+            for row, picture, _ in pictures:
+                rows.append(row)
+                crops.append(self.views(picture)[None])
+            views = (torch.cat(crops),)
+        else:
+            rows, views = see_through(
+                self.views, pictures, request.indices, seed=self.seed, epoch=request.epoch
+            )
         index = request.indices[rows]
         labels = None if self.labels is None else self.labels[index]
         # A worker's own list reaches the main process with its batches.
@@ -142,13 +145,13 @@ class LabelledImages(Dataset[Batch]):
         self._num_reported = len(self.images.skipped)
         return Batch(views, index, request.epoch, labels=labels, skipped=new or None)
 
-    def _images(self, indices: Tensor) -> Iterator[tuple[int, Image.Image, Box]]:
+    def _pictures(self, indices: Tensor) -> Iterator[tuple[int, Pixels, Box]]:
         for row, position in enumerate(self.positions[indices].tolist()):
             try:
-                image = self.images.read(position)
+                picture = self.images.read(position)
             except BrokenImage:
                 continue
-            yield row, image, (0, 0, image.width, image.height)
+            yield row, picture, whole(picture)
 
 
 def build_labelled(
@@ -175,7 +178,7 @@ def build_labelled(
         ImportError: the digits are not installed.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    common = {"views": (CenterCrop(size),), "mean": mean, "std": std}
+    common = {"views": CenterCrop(size), "mean": mean, "std": std}
     if str(data) == "digits":
         digits = Digits()
         return _split(digits, digits.labels, [str(digit) for digit in range(10)], seed, common)

@@ -22,6 +22,7 @@ from fastssl.data.batch import Batch
 from fastssl.data.crops import PretrainingCrops, Request
 from fastssl.data.pictures import ShardWindow
 from fastssl.data.transforms import normalize
+from fastssl.data.views import make_views
 
 
 class CropsDataset(Protocol):
@@ -91,6 +92,7 @@ class GlobalOrder(Sampler[Request]):
         accumulation: int = 1,
         seed: int = 0,
         view: int = 0,
+        keep_decoded: bool = False,
     ):
         if global_batch_size < 1 or global_batch_size % (world_size * accumulation):
             raise ValueError(
@@ -111,7 +113,7 @@ class GlobalOrder(Sampler[Request]):
         self.global_batch_size = global_batch_size
         self.steps = range(start_step, num_steps)
         self.rank, self.world_size, self.accumulation = rank, world_size, accumulation
-        self.seed, self.view = seed, view
+        self.seed, self.view, self.keep_decoded = seed, view, keep_decoded
         self.repeats, self.window = dataset.repeats, dataset.files.window
 
     def __len__(self) -> int:
@@ -135,7 +137,7 @@ class GlobalOrder(Sampler[Request]):
             for _ in range(self.accumulation):
                 places = torch.arange(start, start + micro_batch)
                 indices = order[places // self.repeats] + places % self.repeats * len(order)
-                yield Request(indices, epoch, self.view, step)
+                yield Request(indices, epoch, self.view, step, self.keep_decoded)
                 start += micro_batch
 
 
@@ -179,10 +181,14 @@ class Loader:
             # Pixels travel as bytes, a quarter of the floats, to this process and the GPU.
             for batch in _moved(self._loader, self.device):
                 self.skipped.update(batch.skipped or {})
-                views = tuple(normalize(view, self.mean, self.std) for view in batch.views)
-                yield replace(batch, views=views)
+                yield replace(batch, views=self._views(batch), decoded=None)
         finally:
             self._end()
+
+    def _views(self, batch: Batch) -> tuple[Tensor, ...]:
+        if batch.decoded is not None:
+            return make_views(batch.decoded, mean=self.mean, std=self.std)
+        return tuple(normalize(view, self.mean, self.std) for view in batch.views)
 
     def _end(self) -> None:
         """Let the workers go."""
@@ -246,6 +252,7 @@ def build_loader(
     device: torch.device | str = "cpu",
     seed: int = 0,
     view: int = 0,
+    views_on_device: bool | None = None,
 ) -> Loader:
     """The micro-batches of this rank for optimizer steps [start_step, num_steps), in order.
 
@@ -254,10 +261,13 @@ def build_loader(
     each time with crops and an index of their own, rather than refused.
 
     prefetch: micro-batches that each worker has ready.
+    views_on_device: workers decode only, and views are made where they are needed, all of one size
+        in one launch. None: on a GPU. On a CPU the workers make them, and send bytes.
 
     Raises:
         ValueError: global_batch_size is no multiple of world_size * accumulation, or of repeats.
     """
+    device = torch.device(device)
     requests = GlobalOrder(
         dataset,
         global_batch_size=global_batch_size,
@@ -268,5 +278,6 @@ def build_loader(
         accumulation=accumulation,
         seed=seed,
         view=view,
+        keep_decoded=device.type != "cpu" if views_on_device is None else views_on_device,
     )
     return Loader(dataset, requests, num_workers=num_workers, prefetch=prefetch, device=device)

@@ -6,9 +6,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
-from fastssl.data.decode import BrokenImage
+from fastssl.data.decode import BrokenImage, Pixels
 
 # A small set of pictures is decoded once; of a large one, only a share stays in memory.
 _CACHE_BYTES = 64 * 2**20
@@ -48,9 +47,9 @@ class Pictures(ABC):
         self._shortest_side = shortest_side
         self.skipped: dict[str, str] = {}
         self._broken: dict[int, str] = {}
-        self._cache: dict[int, Image.Image] = {}
+        self._cache: dict[int, Pixels] = {}
         self._cached_bytes = 0
-        self._last: tuple[int, Image.Image] | None = None
+        self._last: tuple[int, Pixels] | None = None
 
     def __getstate__(self) -> dict:
         # Pixels are not worth sending to a worker that is spawned rather than forked.
@@ -64,7 +63,7 @@ class Pictures(ABC):
         """The name of a picture, for messages."""
 
     @abstractmethod
-    def _decode(self, position: int) -> Image.Image:
+    def _decode(self, position: int) -> Pixels:
         """The RGB image at `position`. BrokenImage where it cannot be read."""
 
     @property
@@ -72,7 +71,7 @@ class Pictures(ABC):
         """How many, from the first, can be picked from at random without fetching all there is."""
         return len(self)
 
-    def read(self, position: int) -> Image.Image:
+    def read(self, position: int) -> Pixels:
         """The RGB image at `position`. BrokenImage where it cannot be read."""
         if position in self._cache:
             return self._cache[position]
@@ -87,14 +86,12 @@ class Pictures(ABC):
             self.skipped[error.path] = self._broken[position] = error.reason
             raise
         self._last = (position, image)
-        # Pillow keeps four bytes per RGB pixel.
-        size = 4 * image.width * image.height
-        if self._cached_bytes + size <= _CACHE_BYTES:
+        if self._cached_bytes + image.nbytes <= _CACHE_BYTES:
             self._cache[position] = image
-            self._cached_bytes += size
+            self._cached_bytes += image.nbytes
         return image
 
-    def read_or_next(self, position: int) -> tuple[int, Image.Image]:
+    def read_or_next(self, position: int) -> tuple[int, Pixels]:
         """The first readable image from `position` on, round the end of the list, and where it is.
 
         Raises:

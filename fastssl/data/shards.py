@@ -20,10 +20,9 @@ from typing import BinaryIO
 from zipfile import BadZipFile
 
 import numpy as np
-from PIL import Image
 
 from fastssl.data import fetch
-from fastssl.data.decode import BrokenImage, decode_bytes, image_extensions
+from fastssl.data.decode import BrokenImage, Pixels, decode_bytes, image_extensions
 from fastssl.data.index import Names, cache_file, locked, write_whole
 from fastssl.data.pictures import Pictures, ShardWindow
 from fastssl.kernels.common import env
@@ -150,7 +149,7 @@ class ShardImages(Pictures):
         member = read_index(self.shards[shard]).names[position - int(self._starts[shard])]
         return f"{self.shards[shard]}/{member}"
 
-    def _decode(self, position: int) -> Image.Image:
+    def _decode(self, position: int) -> Pixels:
         length, offset = int(self._lengths[position]), int(self._offsets[position])
         file = self._file(self._shard_of(position))
         try:

@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastssl.data.decode import Pixels
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -62,10 +64,11 @@ class RandomResizedCrop:
         y = top + min(int(uniforms[3] * (height - h + 1)), height - h)
         return x, y, x + w, y + h
 
-    def __call__(self, image: Image.Image, region: Box, uniforms: Sequence[float]) -> Tensor:
-        """RGB image -> uint8 [3, H, W]. Pixels outside of `region` do not enter the result."""
-        # crop().resize() and not resize(box=): the filter of the latter reaches beyond the box.
-        crop = image.crop(self.box(region, uniforms))
+    def __call__(self, pixels: Pixels, region: Box, uniforms: Sequence[float]) -> Tensor:
+        """[h, w, 3] -> uint8 [3, H, W]. Pixels outside of `region` do not enter the result."""
+        left, top, right, bottom = self.box(region, uniforms)
+        # Cut first, and no resize(box=), whose filter reaches beyond the box.
+        crop = Image.fromarray(pixels[top:bottom, left:right])
         crop = crop.resize((self.size[1], self.size[0]), Image.Resampling.BICUBIC)
         if uniforms[4] < self.flip:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -6,21 +6,25 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
+from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fastssl import functional as F
-from fastssl.data.color import apply_to_rows, color_jitter, gaussian_blur, solarize, to_grey
+from fastssl.data.batch import Decoded
+from fastssl.data.decode import Pixels
 from fastssl.data.transforms import Box, RandomResizedCrop
+from fastssl.kernels.augment_views import COLUMNS
 from fastssl.kernels.common.checks import check_int, check_shape, check_tensor
 
 # How the numbers that follow a crop's are shared out: whether to jitter, its factors and the keys
 # its order is sorted by, whether to turn grey, whether to blur and how much, whether to solarise.
 _COLOR_UNIFORMS = (1, 4, 4, 1, 1, 1, 1)
-# Floats that are coloured at a time, 8 MB.
-_CHUNK = 2**21
+# Pixels that wait for their views at a time, in bytes: a batch of large pictures would fill memory.
+_CHUNK_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -86,62 +90,40 @@ class View:
         color = sum(_COLOR_UNIFORMS) if self.has_color else 0
         return RandomResizedCrop.num_uniforms + color
 
-    @property
-    def kernel_size(self) -> int:
-        """Side of the blur's kernel, in pixels."""
-        return max(2 * (min(self.size) // 20) + 1, 3)
+    def box(self, region: Box, uniforms: Sequence[float]) -> Box:
+        """The crop that a row of numbers chooses inside `region`."""
+        return self._crop.box(region, uniforms)
+
+    def params(self, uniforms: Tensor) -> Tensor:
+        """[B, num_uniforms] -> [B, 13] float32, `params` of `augment_views`."""
+        check_tensor("uniforms", uniforms, device=torch.device("cpu"))
+        check_shape("uniforms", uniforms, (None, self.num_uniforms), "[B, num_uniforms]")
+        crop = RandomResizedCrop.num_uniforms
+        flip = uniforms[:, crop - 1 : crop] < self.flip
+        if not self.has_color:
+            params = uniforms.new_zeros((len(uniforms), len(COLUMNS)))
+            params[:, :1] = flip
+            params[:, 6:10] = torch.arange(4.0)  # any order
+            return params
+        jitter, factors, order, grey, blur, sigma, invert = uniforms[:, crop:].split(
+            _COLOR_UNIFORMS, dim=1
+        )
+        sigma = self.sigma[0] + sigma * (self.sigma[1] - self.sigma[0])
+        columns = (
+            *(flip, jitter < self.jitter, self._factors(factors)),
+            *(order.argsort(dim=1, stable=True), grey < self.grey),
+            *(torch.where(blur < self.blur, sigma, 0.0), invert < self.solarize),
+        )
+        return torch.cat([column.float() for column in columns], dim=1)
 
     def __call__(
-        self, images: Sequence[Image.Image], regions: Sequence[Box], uniforms: Tensor
+        self, pictures: Sequence[Pixels], regions: Sequence[Box], uniforms: Tensor
     ) -> Tensor:
-        """B RGB images, the part of each to use and [B, num_uniforms] -> uint8 [B, 3, H, W].
+        """B pictures, the part of each to use and [B, num_uniforms] -> uint8 [B, 3, H, W].
 
         A row of the result depends on the same row of the arguments only.
         """
-        check_tensor("uniforms", uniforms, device=torch.device("cpu"))
-        check_shape("uniforms", uniforms, (len(images), self.num_uniforms), "[B, num_uniforms]")
-        if not images or len(regions) != len(images):
-            raise ValueError(
-                "images and regions must be equally many and at least one, got "
-                f"{len(images)} and {len(regions)}"
-            )
-        rows = zip(images, regions, uniforms.tolist(), strict=True)
-        return self.color(torch.stack([self.crop(*row) for row in rows]), uniforms)
-
-    def crop(self, image: Image.Image, region: Box, uniforms: Sequence[float]) -> Tensor:
-        """The crop of one image by its row of numbers: uint8 [3, H, W]."""
-        return self._crop(image, region, uniforms)
-
-    def color(self, crops: Tensor, uniforms: Tensor) -> Tensor:
-        """What comes after the crops, uint8 [B, 3, H, W], by their rows [B, num_uniforms]."""
-        if not self.has_color:
-            return crops
-        # The floats of a large batch would leave the cache between one operation and the next.
-        rows = max(_CHUNK // crops[0].numel(), 1)
-        uniforms = uniforms[:, RandomResizedCrop.num_uniforms :]
-        chunks = zip(crops.split(rows), uniforms.split(rows), strict=True)
-        return torch.cat([self._color(*chunk) for chunk in chunks])
-
-    def _color(self, crops: Tensor, uniforms: Tensor) -> Tensor:
-        jitter, factors, order, grey, blur, sigma, invert = uniforms.split(_COLOR_UNIFORMS, dim=1)
-        images = crops.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-        apply_to_rows(
-            images,
-            jitter[:, 0] < self.jitter,
-            color_jitter,
-            self._factors(factors),
-            order.argsort(dim=1, stable=True),
-        )
-        apply_to_rows(images, grey[:, 0] < self.grey, to_grey)
-        sigma = self.sigma[0] + sigma[:, 0] * (self.sigma[1] - self.sigma[0])
-        apply_to_rows(
-            images,
-            blur[:, 0] < self.blur,
-            lambda rows, sigma: gaussian_blur(rows, sigma, self.kernel_size),
-            sigma,
-        )
-        apply_to_rows(images, invert[:, 0] < self.solarize, solarize)
-        return images.mul_(255).round_().to(torch.uint8)
+        return make_views(decode_later([self], pictures, [uniforms], regions))[0]
 
     def _factors(self, uniforms: Tensor) -> Tensor:
         """[B, 4] of [0, 1) -> [B, 4], of brightness, contrast, saturation and hue."""
@@ -151,43 +133,120 @@ class View:
         return low + uniforms * (high - low)
 
 
+def kernel_size(size: tuple[int, int]) -> int:
+    """Side of a view's blur, in pixels."""
+    return max(2 * (min(size) // 20) + 1, 3)
+
+
 def see_through(
     views: Sequence[View],
-    images: Iterable[tuple[int, Image.Image, Box]],
+    pictures: Iterable[tuple[int, Pixels, Box]],
     indices: Tensor,
     *,
     seed: int,
     epoch: int = 0,
     view: int = 0,
-) -> tuple[list[int], tuple[Tensor, ...]]:
-    """Every view of every image: the rows that came, and for each view uint8 [rows, 3, H, W].
+    keep_decoded: bool = False,
+) -> tuple[list[int], tuple[Tensor, ...] | Decoded]:
+    """Every view of every picture: the rows that came, and for each view uint8 [rows, 3, H, W].
 
-    views: in place of a `View` whatever has its size, num_uniforms, crop and color.
-    images: (row, image, the part of it to use), row being a place in `indices`, some may be left
-        out. Taken one at a time: a batch of pictures may not fit in memory.
+    pictures: (row, picture, the part of it to use), row being a place in `indices`, some may be
+        left out. Taken one at a time: a batch of pictures may not fit in memory.
     indices: [B] int64; with seed, epoch and view, what the numbers of a sample are a function of.
+    keep_decoded: in place of the views, give what `make_views` makes them of.
     """
+    keys = {"seed": seed, "epoch": epoch, "stream": F.STREAM_CROP}
     uniforms = [
-        F.keyed_uniform(
-            indices,
-            one.num_uniforms,
-            seed=seed,
-            epoch=epoch,
-            view=view * len(views) + number,
-            stream=F.STREAM_CROP,
-        )
+        F.keyed_uniform(indices, one.num_uniforms, view=view * len(views) + number, **keys)
         for number, one in enumerate(views)
     ]
-    numbers = [draws.tolist() for draws in uniforms]
     rows: list[int] = []
-    crops: list[list[Tensor]] = [[] for _ in views]
-    for row, image, region in images:
+    waiting: list[tuple[Pixels, Box]] = []
+    parts: list[tuple[Tensor, ...]] = []
+
+    def decoded() -> Decoded:
+        here = rows[len(rows) - len(waiting) :]
+        crops, regions = zip(*waiting, strict=True) if waiting else ((), ())
+        return decode_later(views, crops, [draws[here] for draws in uniforms], regions)
+
+    size = 0
+    for row, picture, region in pictures:
         rows.append(row)
-        for one, draws, done in zip(views, numbers, crops, strict=True):
-            done.append(one.crop(image, region, draws[row]))
-    return rows, tuple(
-        one.color(torch.stack(done), draws[rows])
-        if rows
-        else torch.empty(0, 3, *one.size, dtype=torch.uint8)
-        for one, done, draws in zip(views, crops, uniforms, strict=True)
+        waiting.append((picture, region))
+        size += picture.size
+        if size >= _CHUNK_BYTES and not keep_decoded:
+            parts.append(make_views(decoded()))
+            size, waiting = 0, []
+    if keep_decoded:
+        return rows, decoded()
+    if waiting or not parts:
+        parts.append(make_views(decoded()))
+    return rows, parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+
+
+def decode_later(
+    views: Sequence[View],
+    pictures: Sequence[Pixels],
+    uniforms: Sequence[Tensor],  # of each view, [B, num_uniforms]
+    regions: Sequence[Box] | None = None,  # None: whole pictures
+) -> Decoded:
+    """B pictures, and the views that their numbers choose of them: what `make_views` takes."""
+    if regions is None:
+        regions = [(0, 0, picture.shape[1], picture.shape[0]) for picture in pictures]
+    if {len(regions), *map(len, uniforms)} != {len(pictures)}:
+        raise ValueError(
+            "pictures, regions and uniforms must be equally many, got "
+            f"{len(pictures)}, {len(regions)} and {', '.join(str(len(u)) for u in uniforms)}"
+        )
+    params = [view.params(draws) for view, draws in zip(views, uniforms, strict=True)]
+    numbers = [draws.tolist() for draws in uniforms]
+    boxes, parts = [], []
+    for row, (picture, region) in enumerate(zip(pictures, regions, strict=True)):
+        of_views = zip(views, numbers, strict=True)
+        part, inside = _cut(picture, [view.box(region, draws[row]) for view, draws in of_views])
+        parts.append(part)
+        boxes.append(inside)
+    pixels = np.concatenate([part.reshape(-1) for part in parts] or [np.empty(0, np.uint8)])
+    lengths = torch.tensor([part.size for part in parts], dtype=torch.int64)
+    shapes = torch.tensor([part.shape[:2] for part in parts], dtype=torch.int64)
+    of_pictures = torch.tensor(boxes, dtype=torch.int64).reshape(len(parts), len(views), 4)
+    return Decoded(
+        torch.from_numpy(pixels),
+        lengths.cumsum(0) - lengths,
+        shapes.reshape(-1, 2),
+        of_pictures.transpose(0, 1).contiguous(),
+        torch.stack(params),
+        tuple(view.size for view in views),
     )
+
+
+def _cut(picture: Pixels, boxes: Sequence[Box]) -> tuple[Pixels, list[Box]]:
+    """The smallest part that holds all boxes, and these within it."""
+    lefts, tops, rights, bottoms = zip(*boxes, strict=True)
+    x, y = min(lefts), min(tops)
+    part = picture[y : max(bottoms), x : max(rights)]
+    return part, [(left - x, top - y, right - x, down - y) for left, top, right, down in boxes]
+
+
+def make_views(decoded: Decoded, **options: Any) -> tuple[Tensor, ...]:
+    """Every view, [B, 3, H, W], where the pixels are; neighbours of one size in one call.
+
+    options: of `augment_views`; without any the result is uint8.
+    """
+    options = options or {"dtype": torch.uint8}
+    made: list[Tensor] = []
+    batch = decoded.offsets.shape[0]
+    for size, group in groupby(decoded.sizes):
+        number = len(list(group))
+        here = slice(len(made), len(made) + number)
+        out = F.augment_views(
+            *(decoded.pixels, decoded.offsets, decoded.shapes),
+            torch.arange(batch, device=decoded.pixels.device).repeat(number),
+            decoded.boxes[here].flatten(0, 1),
+            decoded.params[here].flatten(0, 1),
+            size=size,
+            kernel_size=kernel_size(size),
+            **options,
+        )
+        made += out.unflatten(0, (number, batch)).unbind()
+    return tuple(made)

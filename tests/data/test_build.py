@@ -28,8 +28,8 @@ def coded_folder(root, number=3, width=40):
 
 @pytest.mark.parametrize("size", [(1, 9), (2, 9), (7, 4), (8, 4), (1411, 3)])
 def test_halves_are_disjoint_and_make_up_the_picture(size):
-    image = Image.new("RGB", size)
-    left, right = left_half(image), right_half(image)
+    picture = np.zeros((size[1], size[0], 3), np.uint8)
+    left, right = left_half(picture), right_half(picture)
     covered = np.zeros((size[1], size[0]), int)
     for x0, y0, x1, y1 in (left, right):
         assert x1 > x0 and y1 > y0
@@ -129,7 +129,7 @@ def test_jpegs_are_read_no_larger_than_needed(tmp_path):
         str(tmp_path), image_size=32, views=[View((32, 32), (0.25, 1.0))], eval_scale=(0.25, 1)
     )
     # 2 x 32 / sqrt(0.25) = 128 pixels are needed; an eighth of the file has 150.
-    assert train.files.read(0).size == (200, 150)
+    assert train.files.read(0).shape == (150, 200, 3)
 
 
 def test_nothing_readable(tmp_path):

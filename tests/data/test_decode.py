@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image, ImageCms
 
 from fastssl.data.decode import BrokenImage, decode_image, image_extensions
@@ -26,8 +27,9 @@ def colours():
 
 def pixels(path, **kwargs):
     image = decode_image(path, **kwargs)
-    assert image.mode == "RGB"
-    return np.asarray(image).astype(int)
+    assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+    assert image.flags.c_contiguous
+    return image.astype(int)
 
 
 def grey_as_rgb(values):
@@ -213,7 +215,7 @@ def test_every_format_that_pillow_writes_is_read_back(tmp_path):
                 np.testing.assert_allclose(pixels(path), 140, atol=4, err_msg=extension)
                 read.add(image_format)
             else:
-                assert decode_image(path).mode == "RGB"
+                pixels(path)
     # The formats that any Pillow with its usual libraries writes in these modes.
     assert read >= {"BMP", "GIF", "JPEG", "PNG", "PPM", "TGA", "TIFF", "WEBP", "PCX", "SGI"}
 
@@ -227,13 +229,73 @@ def test_extensions_leave_out_what_needs_other_programs():
 def test_jpeg_draft_keeps_the_shortest_side(tmp_path):
     x = np.linspace(0, 255, 640).astype(np.uint8)
     Image.fromarray(np.broadcast_to(x, (480, 640)).copy()).save(tmp_path / "x.jpg")
-    assert decode_image(tmp_path / "x.jpg").size == (640, 480)
-    assert decode_image(tmp_path / "x.jpg", shortest_side=100).size == (160, 120)
-    assert decode_image(tmp_path / "x.jpg", shortest_side=240).size == (320, 240)
-    assert decode_image(tmp_path / "x.jpg", shortest_side=241).size == (640, 480)
-    assert decode_image(tmp_path / "x.jpg", shortest_side=5000).size == (640, 480)
+    assert decode_image(tmp_path / "x.jpg").shape == (480, 640, 3)
+    assert decode_image(tmp_path / "x.jpg", shortest_side=100).shape == (120, 160, 3)
+    assert decode_image(tmp_path / "x.jpg", shortest_side=240).shape == (240, 320, 3)
+    assert decode_image(tmp_path / "x.jpg", shortest_side=241).shape == (480, 640, 3)
+    assert decode_image(tmp_path / "x.jpg", shortest_side=5000).shape == (480, 640, 3)
     small = pixels(tmp_path / "x.jpg", shortest_side=240)
     np.testing.assert_allclose(small[100, :, 0], np.linspace(0, 255, 320), atol=3)
+
+
+def photo(height=61, width=83, mode="RGB"):
+    """Slow colours and a little noise."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
+    values = np.array(coarse.resize((width, height))) + rng.normal(0, 8, (height, width, 3))
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert(mode)
+
+
+def both_ways(monkeypatch, path, **kwargs):
+    """What libjpeg-turbo makes of a file, and what Pillow does."""
+    used = []
+    decode = simplejpeg.decode_jpeg
+    with monkeypatch.context() as patch:
+        patch.setattr(simplejpeg, "decode_jpeg", lambda *a, **k: used.append(1) or decode(*a, **k))
+        fast = pixels(path, **kwargs)
+        patch.setattr("fastssl.data.decode.simplejpeg", None)
+        slow = pixels(path, **kwargs)
+    assert used == [1]
+    return fast, slow
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize(
+    "options", [{"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True}]
+)
+@pytest.mark.parametrize("shortest_side", [None, 31, 30, 9, 7])
+def test_libjpeg_turbo_gives_pillows_pixels(tmp_path, monkeypatch, mode, options, shortest_side):
+    photo(mode=mode).save(tmp_path / "x.jpg", quality=85, **options)
+    fast, slow = both_ways(monkeypatch, tmp_path / "x.jpg", shortest_side=shortest_side)
+    assert fast.shape == {None: (61, 83, 3), 31: (61, 83, 3), 30: (31, 42, 3)}.get(
+        shortest_side, {9: (16, 21, 3), 7: (8, 11, 3)}.get(shortest_side)
+    )
+    np.testing.assert_array_equal(fast, slow)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_libjpeg_turbo_turns_pictures_as_pillow_does(tmp_path, monkeypatch, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo().save(tmp_path / "x.jpg", exif=exif)
+    fast, slow = both_ways(monkeypatch, tmp_path / "x.jpg", shortest_side=30)
+    np.testing.assert_array_equal(fast, slow)
+
+
+def test_pillow_decodes_and_judges_what_libjpeg_turbo_does_not(tmp_path, monkeypatch):
+    photo(mode="CMYK").save(tmp_path / "cmyk.jpg")
+    photo().save(tmp_path / "x.jpg")
+    whole = (tmp_path / "x.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    assert pixels(tmp_path / "cmyk.jpg").shape == (61, 83, 3)
+    with pytest.raises(BrokenImage, match="truncated"):
+        decode_image(tmp_path / "cut.jpg")
+
+    def fails(*args, **kwargs):
+        raise ValueError("a marker that only Pillow forgives")
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", fails)
+    assert pixels(tmp_path / "x.jpg").shape == (61, 83, 3)
 
 
 def encoded(suffix, **options):
@@ -280,7 +342,7 @@ def test_decompression_bomb(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 6000)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        assert decode_image(tmp_path / "x.png").size == (100, 100)
+        assert decode_image(tmp_path / "x.png").shape == (100, 100, 3)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, on damaged tags
@@ -295,7 +357,6 @@ def test_random_bytes_after_a_valid_header_never_escape(tmp_path):
             path = tmp_path / f"{trial}.{suffix}"
             path.write_bytes(damaged)
             try:
-                image = decode_image(path)
+                pixels(path)
             except BrokenImage:
                 continue
-            assert image.mode == "RGB"

@@ -10,6 +10,7 @@ from PIL import Image, ImageFilter
 
 from fastssl import functional as F
 from fastssl.data import views
+from fastssl.data.batch import Batch
 from fastssl.data.transforms import RandomResizedCrop
 from fastssl.data.views import View
 
@@ -26,7 +27,7 @@ def photos(n: int, seed: int = 0):
         width, height = (int(side) for side in rng.integers(30, 60, 2))
         coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
         values = np.array(coarse.resize((width, height))) + rng.normal(0, 8, (height, width, 3))
-        images.append(Image.fromarray(values.clip(0, 255).astype(np.uint8)))
+        images.append(values.clip(0, 255).astype(np.uint8))
         regions.append((0, 0, width, height) if rng.random() < 0.5 else (2, 3, width - 1, height))
     return images, regions
 
@@ -36,9 +37,17 @@ def uniforms(n: int, view: View, seed: int = 0):
 
 
 def crops_of(view: View, images, regions, u):
-    crop = RandomResizedCrop(view.size, view.scale, view.ratio, view.flip)
-    numbers = u[:, :5].tolist()
-    return torch.stack([crop(*one) for one in zip(images, regions, numbers, strict=True)])
+    """By Pillow, one pass after the other: in one call some of its versions turn them round."""
+    height, width = view.size
+    crops = []
+    for image, region, numbers in zip(images, regions, u.tolist(), strict=True):
+        crop = Image.fromarray(image).crop(view.box(region, numbers))
+        crop = crop.resize((width, crop.height), Image.Resampling.BICUBIC)
+        crop = crop.resize((width, height), Image.Resampling.BICUBIC)
+        if numbers[4] < view.flip:
+            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        crops.append(torch.from_numpy(np.array(crop)).permute(2, 0, 1))
+    return torch.stack(crops)
 
 
 def grey_of(x):
@@ -80,7 +89,7 @@ def colored(view: View, crop, u):
         x = grey_of(x).repeat(3, axis=2)
     if u[BLUR] < view.blur:
         sigma = view.sigma[0] + u[SIGMA] * (view.sigma[1] - view.sigma[0])
-        x = blurred(x, sigma, view.kernel_size)
+        x = blurred(x, sigma, views.kernel_size(view.size))
     if u[SOLARIZE] < view.solarize:
         x = np.where(x >= 0.5, 1 - x, x)
     return x * 255
@@ -94,18 +103,6 @@ def test_bits_of_the_crop_are_kept_without_colour():
     out = view(images, regions, u)
     assert out.dtype == torch.uint8 and out.shape == (12, 3, 24, 20)
     assert torch.equal(out, crops_of(view, images, regions, u))
-
-
-def test_without_colour_bytes_stay_bytes(monkeypatch):
-    def refuse(*_):
-        raise AssertionError("no colour was asked for")
-
-    monkeypatch.setattr(View, "_color", refuse)
-    view = View((8, 8), brightness=0.9)
-    view(*photos(2), uniforms(2, view))
-    view = replace(view, grey=0.5)
-    with pytest.raises(AssertionError, match="no colour"):
-        view(*photos(2), uniforms(2, view))
 
 
 def test_the_crop_does_not_depend_on_the_colours():
@@ -163,7 +160,7 @@ def test_factors_span_the_range_asked_for():
     torch.testing.assert_close(ends[1], torch.tensor([1.4, 2.5, 1.2, 0.1]))
 
 
-def test_a_row_depends_on_its_own_arguments_only(monkeypatch):
+def test_a_row_depends_on_its_own_arguments_only():
     images, regions = photos(11)
     u = uniforms(11, EVERYTHING)
     out = EVERYTHING(images, regions, u)
@@ -173,9 +170,6 @@ def test_a_row_depends_on_its_own_arguments_only(monkeypatch):
         assert torch.equal(EVERYTHING(images[one], regions[one], u[one])[0], out[i])
     backwards = EVERYTHING(images[::-1], regions[::-1], u.flip(0))
     assert torch.equal(backwards.flip(0), out)
-    # Nor on how many are coloured at a time.
-    monkeypatch.setattr(views, "_CHUNK", 3 * 24 * 20 * 4)
-    assert torch.equal(EVERYTHING(images, regions, u), out)
 
 
 def test_global_generators_are_left_alone():
@@ -189,7 +183,7 @@ def test_global_generators_are_left_alone():
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (7, 2), (3, 41)])
 def test_small_and_oblong_sizes(size):
     images, regions = photos(5)
-    images[0], regions[0] = Image.new("RGB", (1, 1), (200, 30, 90)), (0, 0, 1, 1)
+    images[0], regions[0] = np.array([[[200, 30, 90]]], np.uint8), (0, 0, 1, 1)
     view = View(size, jitter=1.0, hue=0.5, grey=0.5, blur=1.0, solarize=0.5)
     u = uniforms(5, view)
     out = view(images, regions, u)
@@ -202,15 +196,14 @@ def test_small_and_oblong_sizes(size):
 
 def test_blur_kernel_is_a_tenth_of_the_side():
     sizes = {224: 23, 96: 9, 64: 7, 40: 5, 32: 3, 1: 3}
-    assert {side: View((side, side)).kernel_size for side in sizes} == sizes
-    assert View((224, 96)).kernel_size == 9
+    assert {side: views.kernel_size((side, side)) for side in sizes} == sizes
+    assert views.kernel_size((224, 96)) == 9
 
 
 def test_blur_is_like_pillows():
-    values = np.array(photos(1)[0][0].resize((96, 96)))
+    image = Image.fromarray(photos(1)[0][0]).resize((96, 96))
     view = View((96, 96), (1.0, 1.0), (1.0, 1.0), flip=0.0, blur=1.0, sigma=(1.5, 1.5))
-    image = Image.fromarray(values)
-    out = view([image], [(0, 0, 96, 96)], uniforms(1, view))[0].permute(1, 2, 0).numpy()
+    out = view([np.array(image)], [(0, 0, 96, 96)], uniforms(1, view))[0].permute(1, 2, 0).numpy()
     theirs = np.array(image.filter(ImageFilter.GaussianBlur(1.5)))
     inner = (slice(8, -8), slice(8, -8))
     assert np.abs(out[inner].astype(int) - theirs[inner]).max() <= 3
@@ -245,17 +238,64 @@ def test_wrong_fields_are_named(name, value):
 def test_wrong_arguments_are_named():
     images, regions = photos(3)
     u = uniforms(3, EVERYTHING)
-    with pytest.raises(ValueError, match=r"^uniforms must have shape .* = \[3, 18\], got \[3, 5\]"):
+    with pytest.raises(ValueError, match=r"^uniforms must have shape .* 18\], got \[3, 5\]"):
         EVERYTHING(images, regions, u[:, :5])
-    with pytest.raises(ValueError, match=r"^uniforms must have shape .* = \[2, 18\]"):
-        EVERYTHING(images[:2], regions, u)
     with pytest.raises(TypeError, match=r"^uniforms must be a Tensor, got list"):
         EVERYTHING(images, regions, u.tolist())
-    with pytest.raises(ValueError, match=r"^images and regions must .* got 3 and 2"):
+    wrong = r"^pictures, regions and uniforms must be equally many, got "
+    with pytest.raises(ValueError, match=wrong + "2, 3 and 3"):
+        EVERYTHING(images[:2], regions, u)
+    with pytest.raises(ValueError, match=wrong + "3, 2 and 3"):
         EVERYTHING(images, regions[:2], u)
-    with pytest.raises(ValueError, match=r"^images and regions must .* got 0 and 0"):
-        EVERYTHING([], [], u[:0])
     with pytest.raises(TypeError, match=r"^number must be an int, got float"):
         View((4, 4), number=2.0)
     with pytest.raises(FrozenInstanceError):
         EVERYTHING.blur = 0.0
+
+
+SIZES = [replace(EVERYTHING, size=(16, 16)), View((24, 20)), replace(EVERYTHING, size=(16, 16))]
+
+
+def seen(of, indices, pictures, **options):
+    rows = ((row, *one) for row, one in enumerate(zip(*pictures, strict=True)))
+    return views.see_through(of, rows, indices, seed=3, epoch=1, **options)
+
+
+def test_views_of_a_batch_are_each_views_own():
+    """Two sizes, a call for each, and back in order."""
+    pictures, indices = photos(6), torch.arange(20, 26)
+    rows, got = seen(SIZES, indices, pictures)
+    assert rows == list(range(6)) and [v.shape[2:] for v in got] == [(16, 16), (24, 20), (16, 16)]
+    for number, view in enumerate(SIZES):
+        keys = {"seed": 3, "epoch": 1, "view": number, "stream": F.STREAM_CROP}
+        u = F.keyed_uniform(indices, view.num_uniforms, **keys)
+        assert torch.equal(got[number], view(*pictures, u))
+    assert not torch.equal(got[0], got[2])
+
+
+def test_views_do_not_depend_on_how_many_wait(monkeypatch):
+    pictures, indices = photos(7), torch.arange(7)
+    _, together = seen(SIZES, indices, pictures)
+    monkeypatch.setattr(views, "_CHUNK_BYTES", 2 * pictures[0][0].size)
+    rows, in_parts = seen(SIZES, indices, pictures)
+    assert rows == list(range(7))
+    assert all(map(torch.equal, in_parts, together))
+
+
+def test_no_pictures_make_views_of_no_rows():
+    rows, got = views.see_through(SIZES, iter(()), torch.arange(4), seed=0)
+    assert rows == [] and [tuple(v.shape) for v in got] == [(0, 3, *v.size) for v in SIZES]
+
+
+def test_decoded_pictures_make_the_same_views_later():
+    pictures, indices = photos(6), torch.arange(6)
+    _, made = seen(SIZES, indices, pictures)
+    _, decoded = seen(SIZES, indices, pictures, keep_decoded=True)
+    batch = Batch((), indices, decoded=decoded).to("cpu").decoded
+    assert all(map(torch.equal, views.make_views(batch), made))
+    whole = sum(picture.size for picture in pictures[0])
+    assert decoded.pixels.numel() < whole, "what no view shows is not sent"
+    normalised = views.make_views(batch, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+    for view, levels in zip(normalised, made, strict=True):
+        mean, std = (torch.tensor(x).view(3, 1, 1) for x in ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)))
+        assert ((view * std + mean) * 255 - levels).abs().max() < 0.51
