@@ -44,11 +44,12 @@ void linear_dino_prototype_scale(Tensor prototypes, Tensor scale) {
 
 template <class P, class G>
 void project(const Tensor& product, const Tensor& prototypes, const std::optional<Tensor>& scale,
-             Tensor& dprototypes) {
+             const std::optional<Tensor>& lengths, Tensor& dprototypes, float* dlengths) {
   const int64_t K = prototypes.size(0), D = prototypes.size(1);
   const G* g = input<G>(product);
   const P* w = input<P>(prototypes);
   const float* scale_ptr = scale ? input<float>(*scale) : nullptr;
+  const float* lengths_ptr = lengths ? input<float>(*lengths) : nullptr;
   P* to = output<P>(dprototypes);
   parallel(K, grain_rows(D), [&](int64_t begin, int64_t end) FASTSSL_LAMBDA {
     for (int64_t k = begin; k < end; ++k) {
@@ -56,7 +57,9 @@ void project(const Tensor& product, const Tensor& prototypes, const std::optiona
       const P* w_row = w + k * D;
       P* row = to + k * D;
       const float s = scale_ptr ? scale_ptr[k] : 0.0f;
-      const float along = scale_ptr ? inner_product(w_row, g_row, D) * s * s : 0.0f;
+      const float inner = scale_ptr ? inner_product(w_row, g_row, D) : 0.0f;
+      const float along = inner * s * s;
+      if (dlengths) dlengths[k] = inner / lengths_ptr[k];
 #pragma omp simd
       for (int64_t d = 0; d < D; ++d) store(row + d, load(g_row + d) - along * load(w_row + d));
     }
@@ -64,18 +67,21 @@ void project(const Tensor& product, const Tensor& prototypes, const std::optiona
 }
 
 // From `product` [K, D], the gradient's product with the features, to the prototypes' gradient:
-// without its part along the prototype where logits were divided by the norm. dprototypes may be
-// the product.
+// without its part along the prototype where logits were divided by the norm, and with learned
+// lengths to these'. dprototypes may be the product.
 void linear_dino_prototype_gradient(Tensor product, Tensor prototypes, std::optional<Tensor> scale,
-                                    Tensor dprototypes) {
+                                    std::optional<Tensor> lengths, Tensor dprototypes,
+                                    std::optional<Tensor> dlengths) {
   check_cpu(product, "product");
   check_cpu(prototypes, "prototypes");
   check_cpu(dprototypes, "dprototypes");
+  STD_TORCH_CHECK(!dlengths || (lengths && scale), "dlengths needs lengths and scale");
+  float* dlengths_ptr = dlengths ? output<float>(*dlengths) : nullptr;
   with_type(prototypes.scalar_type(), "prototypes", [&](auto* p) {
     with_type(product.scalar_type(), "product", [&](auto* g) {
       using P = std::remove_pointer_t<decltype(p)>;
       using G = std::remove_pointer_t<decltype(g)>;
-      project<P, G>(product, prototypes, scale, dprototypes);
+      project<P, G>(product, prototypes, scale, lengths, dprototypes, dlengths_ptr);
     });
   });
 }
@@ -93,7 +99,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastssl_csrc, m) {
   m.def("linear_dino_prototype_scale(Tensor prototypes, Tensor(a!) scale) -> ()");
   m.def(
       "linear_dino_prototype_gradient(Tensor product, Tensor prototypes, Tensor? scale, "
-      "Tensor(a!) dprototypes) -> ()");
+      "Tensor? lengths, Tensor(a!) dprototypes, Tensor(b!)? dlengths) -> ()");
   m.def("linear_dino_prepare_gradient(Tensor(a!) dprototypes) -> ()");
 }
 

@@ -148,6 +148,8 @@ class DINOLoss(CenteredLoss):
             teacher.features.unflatten(0, (NUM_TEACHER_VIEWS, -1)),
             teacher.prototypes,
             normalize_prototypes=student.normalize_prototypes,
+            student_lengths=student.lengths,
+            teacher_lengths=teacher.lengths,
             **self._targets(logits, teacher_temp),
             **self._options(teacher_temp),
         )

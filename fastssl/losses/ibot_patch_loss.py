@@ -128,6 +128,8 @@ class iBOTPatchLoss(CenteredLoss):
             teacher.features[None],
             teacher.prototypes,
             normalize_prototypes=student.normalize_prototypes,
+            student_lengths=student.lengths,
+            teacher_lengths=teacher.lengths,
             **targets,
             **self._options(teacher_temp, n_masked_patches, masks_weight),
         )

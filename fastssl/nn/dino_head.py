@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,12 +29,15 @@ class HeadOutput(NamedTuple):
     features: Tensor  # [..., D], of length 1
     prototypes: Tensor  # [K, D]
     normalize_prototypes: bool  # whether each prototype counts as divided by its length
+    lengths: Tensor | None = None  # [K], and as multiplied by this
 
     def logits(self) -> Tensor:  # [..., K]
         weight = self.prototypes
         if self.normalize_prototypes:
             norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
             weight = weight / norm.clamp(min=SMALLEST_NORM)
+        if self.lengths is not None:
+            weight = weight * self.lengths[:, None]
         return F.linear(self.features, weight)
 
 
@@ -92,9 +96,8 @@ class DINOHead(nn.Module):
     `loss` and `return_prototypes` serve `linear_dino_cross_entropy`, which multiplies by the
     prototypes itself, so that no logits are stored. Under FSDP2 the weights are whole inside
     `forward` only. Hence the student's loss is computed there, by a function that the caller gives;
-    and the teacher returns its prototypes as a copy, which the backward pass needs long after the
-    teacher's forward. See `DINOLoss.linear`. With norm_last_layer=False the student makes a
-    normalised copy of its prototypes, too, whose gradient reaches weight_g and weight_v.
+    and of several processes the teacher returns its prototypes as a copy, which the backward pass
+    needs long after the teacher's forward. See `DINOLoss.linear`.
     """
 
     def __init__(
@@ -140,13 +143,19 @@ class DINOHead(nn.Module):
             return loss(self._output(x))
         if return_prototypes:
             output = self._output(x)
-            return output._replace(prototypes=output.prototypes.detach().clone())
+            # Of one process nothing is sharded, and what is whole stays.
+            copies = dist.is_available() and dist.is_initialized()
+            lengths = None if output.lengths is None else output.lengths.detach().clone()
+            prototypes = output.prototypes.detach()
+            return output._replace(
+                prototypes=prototypes.clone() if copies else prototypes, lengths=lengths
+            )
         return self.last_layer(x)
 
     def _output(self, features: Tensor) -> HeadOutput:
-        if self.last_layer.unit_scale:
-            return HeadOutput(features, self.last_layer.weight_v, True)
-        return HeadOutput(features, self.last_layer.weight(), False)
+        layer = self.last_layer
+        lengths = None if layer.unit_scale else layer.weight_g.flatten()
+        return HeadOutput(features, layer.weight_v, True, lengths)
 
 
 def _init_linear(module: nn.Module) -> None:

@@ -17,16 +17,44 @@ MAX_BATCH = 65_535
 # Above this many keys the written-out scores take too much memory to be worth their speed.
 MAX_EXPLICIT_KEYS = 1024
 # Up to so many keys mask_unit_attention's kernels are taken where they won against torch's: on a
-# CPU in bfloat16 on tile registers, and with pooling in every dtype. On a GPU they are not measured
-# yet, so there only for mask units, which torch's kernels would pad.
+# CPU with pooling in every dtype, else by its kind. On a GPU they are not measured yet, so there
+# only for mask units, which torch's kernels would pad.
 MAX_FUSED_KEYS = {"cpu": 256, "cuda": 64}
+# Measured on an Intel Xeon with AMX, and on an AMD EPYC with AVX-512 where in float32 torch's fused
+# attention takes 1.3 to 1.8 times as long, and in bfloat16 written-out scores are the fastest.
+FUSED_DTYPES = {"tiles": (torch.bfloat16,), "avx512": (torch.float32,), "other": ()}
+
+
+@torch.compiler.assume_constant_result
+def _cpu_kind() -> str:
+    if libraries.has_tiles():
+        return "tiles"
+    return "avx512" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "other"
+
+
+@torch.compiler.assume_constant_result
+def _has_bf16_products() -> bool:
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def _prefers_kernels(qkv: Tensor, unit_size: int, q_stride: int) -> bool:
     if env.attention() is not None or unit_size > MAX_FUSED_KEYS.get(qkv.device.type, 0):
         return False
-    on_tiles = qkv.dtype == torch.bfloat16 and libraries.has_tiles()
-    return qkv.device.type != "cpu" or on_tiles or q_stride > 1
+    if qkv.device.type != "cpu" or q_stride > 1:
+        return True
+    return qkv.dtype in FUSED_DTYPES[_cpu_kind()]
+
+
+def _prefers_scores(q: Tensor, num_keys: int) -> bool:
+    """Whether scores are written out: on a CPU in half precision. In training the backward of
+    torch's fused kernel takes 3 to 10 times as long (torch 2.13, 16 to 196 tokens); without
+    gradients its forward takes twice as long where products in bfloat16 need no tiles."""
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    if not half or q.device.type != "cpu" or num_keys > MAX_EXPLICIT_KEYS:
+        return False
+    if torch.is_grad_enabled() and q.requires_grad:
+        return True
+    return q.dtype == torch.bfloat16 and _cpu_kind() == "avx512" and _has_bf16_products()
 
 
 def self_attention(
@@ -64,19 +92,14 @@ def attend(
     k: Tensor,  # [B, H, M, d]
     v: Tensor,  # [B, H, M, d]
 ) -> Tensor:  # [B, H, N, d]
-    """softmax(q k^T / sqrt(d)) v, by torch's fused attention or what FASTSSL_ATTENTION names.
-
-    Except in training in half precision on a CPU, which writes the scores out: there the backward
-    of torch's fused kernel takes 3 to 10 times as long (torch 2.13, 16 to 196 tokens).
-    """
+    """softmax(q k^T / sqrt(d)) v, by torch's fused attention or what FASTSSL_ATTENTION names, or by
+    scores that are written out, see `_prefers_scores`."""
     named = env.attention()
     if named in ("flash_attn", "xformers"):
         # Both take [B, N, H, d].
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return _optional(named)(q, k, v).transpose(1, 2)
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    explicit = half and q.device.type == "cpu" and k.shape[2] <= MAX_EXPLICIT_KEYS
-    if explicit and named is None and torch.is_grad_enabled() and q.requires_grad:
+    if named is None and _prefers_scores(q, k.shape[2]):
         scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
         return scores.softmax(dim=3) @ v
     if q.shape[0] > MAX_BATCH:

@@ -6,8 +6,9 @@ With features of D (student) and E (teacher) dimensions and K prototypes in each
     teacher = teacher_features @ teacher_prototypes.T        # [T, B, K], never in memory
     loss = dino_cross_entropy(student, teacher, ...)
 
-and with normalize_prototypes each logit divided by the length of its prototype, which multiplies
-the product: dprototype = g - (g . w) w / |w|^2 with g the gradient's product with the features.
+and with normalize_prototypes each logit divided by the length of its prototype, times a learned
+length l where there is one, which multiplies the product: with g the product of the features with
+the gradient of what is multiplied, dprototype = g - (g . w) w / |w|^2 and dl = (g . w) / l.
 
 The prototypes pass in blocks: one matrix product into a buffer that stays in the cache, then the
 kernels of dino_cross_entropy on it; backward computes the products again. FLOPs: 2(SD + TE)BK

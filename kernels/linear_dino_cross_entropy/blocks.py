@@ -20,7 +20,11 @@ GPU_BLOCKS = ((1024, 16384), (4096, 8192), (None, 4096))
 # The namespaces of the ops of compiled backends.
 COMPILED = {"cpp": "fastssl_csrc", "cuda": "fastssl_cuda"}
 
-Scales = Sequence[Tensor] | None  # inverse lengths of student's and teacher's prototypes, [K] each
+# Of student and teacher, [K] each: the inverse of the prototypes' lengths, and learned lengths.
+Scales = Sequence[Tensor] | None
+Lengths = Sequence[Tensor] | None
+# A learned length of 0 would end its prototype's gradients, and be divided by.
+SMALLEST_LENGTH = 1e-20
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Block:
     teacher_logits: Tensor  # [T, B, n]
     student_features: Tensor  # [S * B, D], in the dtype of the products
     student_prototypes: Tensor  # [n, D], in the dtype of the products
+    student_inverse: Tensor | None  # [n], of the prototypes' lengths
+    student_lengths: Tensor | None  # [n], learned, none of them 0
     terms: views.Terms  # of these prototypes
 
 
@@ -89,12 +95,26 @@ def take(value: Tensor | None, prototypes: slice) -> Tensor | None:
     return None if value is None else value[..., prototypes]
 
 
+def take_lengths(lengths: Lengths, here: slice) -> list[Tensor | None]:
+    """Those of these prototypes, float32 and kept from 0."""
+    if lengths is None:
+        return [None, None]
+    values = (length[here].float() for length in lengths)
+    return [torch.where(v.abs() < SMALLEST_LENGTH, SMALLEST_LENGTH, v) for v in values]
+
+
+def scaled(inverse: Tensor | None, lengths: Tensor | None) -> Tensor | None:
+    """By what products become logits."""
+    return inverse if lengths is None else inverse * lengths
+
+
 def each_block(
     backend: str,
     tensors: tuple[Tensor, Tensor, Tensor, Tensor],
     terms: views.Terms,
     dtype: torch.dtype,
     scales: Scales,
+    lengths: Lengths,
     scales_are_known: bool,
 ) -> Iterator[Block]:
     student_features, student_prototypes, teacher_features, _ = tensors
@@ -110,19 +130,22 @@ def each_block(
                 prototype_scale(backend, side.prototypes[here], scale[here])
         prototypes, student_logits = student.block(here)
         _, teacher_logits = teacher.block(here)
-        student_scale, teacher_scale = scales or (None, None)
+        inverses = [take(scale, here) for scale in scales or (None, None)]
+        learned = take_lengths(lengths, here)
         yield Block(
             here,
             student_logits,
             teacher_logits,
             student.features,
             prototypes,
+            inverses[0],
+            learned[0],
             replace(
                 terms,
                 center=take(terms.center, here),
                 log_u=take(terms.log_u, here),
-                student_scale=take(student_scale, here),
-                teacher_scale=take(teacher_scale, here),
+                student_scale=scaled(inverses[0], learned[0]),
+                teacher_scale=scaled(inverses[1], learned[1]),
             ),
         )
 
@@ -133,6 +156,7 @@ def forward(
     terms: views.Terms,
     dtype: torch.dtype,
     scales: Scales,  # filled
+    lengths: Lengths,
     results: views.Results,  # filled
     teacher_mean: Tensor | None,  # [K], filled
 ) -> None:
@@ -140,7 +164,8 @@ def forward(
     num_teacher = tensors[2].shape[0]
     parts = None
     first_chunk = 0
-    for block in each_block(backend, tensors, terms, dtype, scales, scales_are_known=False):
+    sides = (scales, lengths)
+    for block in each_block(backend, tensors, terms, dtype, *sides, scales_are_known=False):
         width = block.student_logits.shape[2]
         chunks = views.num_chunks(backend, block.student_logits, num_teacher)
         if parts is None:
@@ -175,9 +200,11 @@ def backward(
     terms: views.Terms,
     dtype: torch.dtype,
     scales: Scales,
+    lengths: Lengths,
     stats: tuple[Tensor, Tensor, Tensor],
     dfeatures: Tensor | None,  # [S, B, D], filled
-    dprototypes: Tensor | None,  # [K, D], filled
+    dprototypes: Tensor | None,  # [K, D], filled; without it no dlengths
+    dlengths: Tensor | None,  # [K], filled
 ) -> None:
     sums = None
     if dfeatures is not None:
@@ -186,7 +213,7 @@ def backward(
     product = None
     if dprototypes is not None and backend == "cpp":
         torch.ops.fastssl_csrc.linear_dino_prepare_gradient(dprototypes)
-    for block in each_block(backend, tensors, terms, dtype, scales, scales_are_known=True):
+    for block in each_block(backend, tensors, terms, dtype, scales, lengths, scales_are_known=True):
         logits = block.student_logits
         views.gradient(backend, dloss, logits, block.teacher_logits, block.terms, *stats, logits)
         dlogits = logits.view(-1, logits.shape[2])
@@ -196,8 +223,9 @@ def backward(
             if product is None and dprototypes.dtype != dtype:
                 product = torch.empty_like(block.student_prototypes)
             here = block.prototypes
+            prototypes, of_lengths = tensors[1][here], take(dlengths, here)
             prototype_gradient(
-                backend, dlogits, block, tensors[1][here], product, dprototypes[here]
+                backend, dlogits, block, prototypes, product, dprototypes[here], of_lengths
             )
     if sums is not None:
         dfeatures.copy_(sums.view(dfeatures.shape))
@@ -218,21 +246,30 @@ def prototype_gradient(
     prototypes: Tensor,  # [n, D]
     product: Tensor | None,  # [n or more, D], a buffer where dprototypes has another dtype
     dprototypes: Tensor,  # [n, D], filled
+    dlengths: Tensor | None,  # [n], filled
 ) -> None:
     direct = product is None
     product = dprototypes if direct else product[: prototypes.shape[0]]
     torch.mm(dlogits.t(), block.student_features, out=product)
-    scale = block.terms.student_scale
-    if scale is None and direct:
+    inverse = block.student_inverse
+    if inverse is None and direct:
         return
-    if backend in COMPILED:
-        getattr(torch.ops, COMPILED[backend]).linear_dino_prototype_gradient(
-            product, prototypes, scale, dprototypes
+    if backend == "cpp":
+        torch.ops.fastssl_csrc.linear_dino_prototype_gradient(
+            *(product, prototypes, inverse, block.student_lengths, dprototypes, dlengths)
         )
         return
-    if scale is not None:
+    if backend == "cuda" and dlengths is None:
+        torch.ops.fastssl_cuda.linear_dino_prototype_gradient(
+            product, prototypes, inverse, dprototypes
+        )
+        return
+    if inverse is not None:
         # Without the part along the prototype, which does not change a logit over its length.
         wide = prototypes.float()
-        along = torch.linalg.vecdot(product.float(), wide) * scale.square()
+        inner = torch.linalg.vecdot(product.float(), wide)
+        along = inner * inverse.square()
         product = torch.addcmul(product.float(), wide, along[:, None], value=-1)
+        if dlengths is not None:
+            torch.div(inner, block.student_lengths, out=dlengths)
     dprototypes.copy_(product)

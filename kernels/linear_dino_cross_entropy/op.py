@@ -48,6 +48,8 @@ def linear_dino_cross_entropy(
     student_temp: float | Tensor,  # []
     teacher_temp: float | Tensor,  # []
     normalize_prototypes: bool = False,
+    student_lengths: Tensor | None = None,  # [K]
+    teacher_lengths: Tensor | None = None,  # [K]
     log_u: Tensor | None = None,  # [K] or [T, K]
     log_v: Tensor | None = None,  # [T, B]
     row_weights: Tensor | None = None,  # [B]
@@ -63,16 +65,19 @@ def linear_dino_cross_entropy(
     Equals dino_cross_entropy(F.linear(student_features, student_prototypes),
     F.linear(teacher_features, teacher_prototypes), center, ...), whose other arguments and results
     it shares. With normalize_prototypes every prototype counts as divided by its length (a
-    weight-normalised layer with unit scale); the lengths multiply the products, so no normalised
-    copy exists. The products run in the autocast dtype where autocast is on.
+    weight-normalised layer with unit scale), and as having the length that student_lengths and
+    teacher_lengths say where they are given (one with a learned scale); this multiplies the
+    products, so no normalised copy exists. The products run in the autocast dtype where autocast is
+    on. In float16 the gradients of learned lengths far below 1 lose digits.
 
-    student_features and student_prototypes get gradients, the latter through the lengths too; the
-    teacher's arguments get none. The prototypes are parameters: under FSDP2 call this inside the
-    forward of the module that owns them.
+    student_features, student_prototypes and student_lengths get gradients, prototypes through their
+    own lengths too; the teacher's arguments get none. Prototypes and lengths are parameters: under
+    FSDP2 call this inside the forward of the module that owns them.
 
     Raises ValueError or TypeError for arguments that do not fit, naming them.
     """
     _check(student_features, student_prototypes, teacher_features, teacher_prototypes)
+    _check_lengths(student_lengths, teacher_lengths, student_prototypes, normalize_prototypes)
     terms = check_terms(
         student_features,
         teacher_features.shape[0],
@@ -90,17 +95,19 @@ def linear_dino_cross_entropy(
     tensors = (
         *(student_features, student_prototypes),
         *(teacher_features.detach(), teacher_prototypes.detach()),
+        *(student_lengths, None if teacher_lengths is None else teacher_lengths.detach()),
     )
-    name = dispatch.choose_backend(OP, backend, *tensors)
+    name = dispatch.choose_backend(OP, backend, *tensors[:4])
     settings = (bool(normalize_prototypes), _product_dtype(*tensors[:2]), *terms.arguments())
     if name == "reference":
         loss = reference.linear_dino_cross_entropy(*tensors, *settings)
         mean = entropy = loss
         if return_teacher_mean or return_teacher_entropy:
-            mean, entropy = reference.teacher_statistics(*tensors[2:], *settings)
+            mean, entropy = reference.teacher_statistics(*tensors[2:4], tensors[5], *settings)
     else:
+        tensors = (None if tensor is None else tensor.contiguous() for tensor in tensors)
         loss, mean, entropy, *_ = torch.ops.fastssl.linear_dino_cross_entropy(
-            *(tensor.contiguous() for tensor in tensors), *settings, return_teacher_mean, name
+            *tensors, *settings, return_teacher_mean, name
         )
     wanted = (mean,) * return_teacher_mean + (entropy,) * return_teacher_entropy
     return (loss, *wanted) if wanted else loss
@@ -125,6 +132,20 @@ def _check(
     check_shape("teacher_prototypes", teacher_prototypes, expected, "[K, E]")
 
 
+def _check_lengths(
+    student: Tensor | None, teacher: Tensor | None, prototypes: Tensor, normalize: bool
+) -> None:
+    given = {n: v for n, v in (("student", student), ("teacher", teacher)) if v is not None}
+    if given and (len(given) < 2 or not normalize):
+        raise ValueError(
+            "student_lengths and teacher_lengths must be given together, with "
+            f"normalize_prototypes=True, got those of {' and '.join(given)} with {bool(normalize)}"
+        )
+    for name, value in given.items():
+        check_tensor(f"{name}_lengths", value, dim=1, device=prototypes.device)
+        check_shape(f"{name}_lengths", value, (prototypes.shape[0],), "[K]")
+
+
 def _product_dtype(features: Tensor, prototypes: Tensor) -> torch.dtype:
     dtype = torch.promote_types(features.dtype, prototypes.dtype)
     device_type = features.device.type
@@ -139,6 +160,8 @@ def _linear_dino_cross_entropy(
     student_prototypes: Tensor,
     teacher_features: Tensor,
     teacher_prototypes: Tensor,
+    student_lengths: Tensor | None,
+    teacher_lengths: Tensor | None,
     normalize_prototypes: bool,
     dtype: torch.dtype,
     temps: Tensor | None,
@@ -157,14 +180,17 @@ def _linear_dino_cross_entropy(
     """loss, teacher_mean (empty unless wanted), entropy, norm, student_stats, teacher_stats, and
     the prototypes' inverse lengths, student's and teacher's (empty unless normalize_prototypes)."""
     tensors = (student_features, student_prototypes, teacher_features, teacher_prototypes)
+    lengths = (student_lengths, teacher_lengths)
     arguments = (temps, center, log_u, log_v, row_weights, num_rows, student_temp, teacher_temp)
     arguments = (*arguments, skip_same_view, mean)
     settings = (normalize_prototypes, dtype, *arguments)
-    outputs = _linear_dino_cross_entropy_fake(*tensors, *settings, wants_teacher_mean, backend)
+    outputs = _linear_dino_cross_entropy_fake(
+        *tensors, *lengths, *settings, wants_teacher_mean, backend
+    )
     loss, teacher_mean, entropy, *saved = outputs
     if backend == "reference":
-        loss.copy_(reference.linear_dino_cross_entropy(*tensors, *settings))
-        statistics = reference.teacher_statistics(*tensors[2:], *settings)
+        loss.copy_(reference.linear_dino_cross_entropy(*tensors, *lengths, *settings))
+        statistics = reference.teacher_statistics(*tensors[2:], teacher_lengths, *settings)
         entropy.copy_(statistics[1])
         if wants_teacher_mean:
             teacher_mean.copy_(statistics[0])
@@ -178,6 +204,7 @@ def _linear_dino_cross_entropy(
         views.Terms(*arguments),
         dtype,
         scales if normalize_prototypes else None,
+        None if student_lengths is None else lengths,
         views.Results(loss, entropy, norm, student_stats, teacher_stats),
         teacher_mean if wants_teacher_mean else None,
     )
@@ -190,6 +217,8 @@ def _linear_dino_cross_entropy_fake(
     student_prototypes,
     teacher_features,
     teacher_prototypes,
+    student_lengths,
+    teacher_lengths,
     normalize_prototypes,
     *arguments,
 ):
@@ -214,6 +243,8 @@ def _linear_dino_cross_entropy_backward(
     student_prototypes: Tensor,
     teacher_features: Tensor,
     teacher_prototypes: Tensor,
+    student_lengths: Tensor | None,
+    teacher_lengths: Tensor | None,
     normalize_prototypes: bool,
     dtype: torch.dtype,
     temps: Tensor | None,
@@ -232,11 +263,13 @@ def _linear_dino_cross_entropy_backward(
     wants_dfeatures: bool,
     wants_dprototypes: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """dstudent_features and dstudent_prototypes; those not wanted are empty."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dstudent_features, dstudent_prototypes and with these dstudent_lengths; those not wanted are
+    empty."""
     tensors = (student_features, student_prototypes, teacher_features, teacher_prototypes)
+    wants_dlengths = wants_dprototypes and student_lengths is not None
     grads = _gradients_like(
-        student_features, student_prototypes, wants_dfeatures, wants_dprototypes
+        student_features, student_prototypes, student_lengths, wants_dfeatures, wants_dprototypes
     )
     terms = views.Terms(
         *(temps, center, log_u, None, row_weights, num_rows),
@@ -249,27 +282,33 @@ def _linear_dino_cross_entropy_backward(
         terms,
         dtype,
         (student_scale, teacher_scale) if normalize_prototypes else None,
+        None if student_lengths is None else (student_lengths, teacher_lengths),
         (student_stats, teacher_stats, norm),
         grads[0] if wants_dfeatures else None,
         grads[1] if wants_dprototypes else None,
+        grads[2] if wants_dlengths else None,
     )
     return grads
 
 
-def _gradients_like(features, prototypes, wants_dfeatures, wants_dprototypes):
+def _gradients_like(features, prototypes, lengths, wants_dfeatures, wants_dprototypes):
+    number = prototypes.shape[0] if wants_dprototypes and lengths is not None else 0
     return (
         torch.empty_like(features) if wants_dfeatures else features.new_empty((0,)),
         torch.empty_like(prototypes) if wants_dprototypes else prototypes.new_empty((0,)),
+        prototypes.new_empty((number,), dtype=torch.float32),
     )
 
 
 @_linear_dino_cross_entropy_backward.register_fake
-def _linear_dino_cross_entropy_backward_fake(dloss, features, prototypes, *arguments):
-    return _gradients_like(features, prototypes, *arguments[-3:-1])
+def _linear_dino_cross_entropy_backward_fake(
+    dloss, features, prototypes, teacher_features, teacher_prototypes, lengths, *arguments
+):
+    return _gradients_like(features, prototypes, lengths, *arguments[-3:-1])
 
 
 def _setup_context(ctx, inputs, output):
-    operands, settings, rest = inputs[:4], inputs[4:6], inputs[6:]
+    operands, settings, rest = inputs[:6], inputs[6:8], inputs[8:]
     *terms, student_temp, teacher_temp, skip_same_view, mean, _, ctx.backend = rest
     ctx.settings = settings
     ctx.mark_non_differentiable(*output[1:])
@@ -286,17 +325,23 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dloss, *_):
-    saved, rest = ctx.saved_tensors, (None,) * 16
-    inputs = (*saved[:4], *ctx.settings, *saved[4:], *ctx.numbers)
+    saved, rest = ctx.saved_tensors, (None,) * 15
+    inputs = (*saved[:6], *ctx.settings, *saved[6:], *ctx.numbers)
     if ctx.backend == "reference":
         function = reference.linear_dino_cross_entropy
-        dfeatures, dprototypes, *_ = reference_gradients(ctx, function, inputs, dloss)
-        return dfeatures, dprototypes, *rest
-    wants = ctx.needs_input_grad[:2]
-    dfeatures, dprototypes = torch.ops.fastssl.linear_dino_cross_entropy_backward(
-        dloss, *inputs, *wants, ctx.backend
+        grads = reference_gradients(ctx, function, inputs, dloss)
+        return *grads[:2], None, None, grads[4], *rest
+    wants_dfeatures, wants_dprototypes, _, _, wants_dlengths = ctx.needs_input_grad[:5]
+    dfeatures, dprototypes, dlengths = torch.ops.fastssl.linear_dino_cross_entropy_backward(
+        dloss, *inputs, wants_dfeatures, wants_dprototypes or wants_dlengths, ctx.backend
     )
-    return dfeatures if wants[0] else None, dprototypes if wants[1] else None, *rest
+    return (
+        dfeatures if wants_dfeatures else None,
+        dprototypes if wants_dprototypes else None,
+        *(None, None),
+        dlengths.to(saved[4].dtype) if wants_dlengths else None,
+        *rest,
+    )
 
 
 _linear_dino_cross_entropy.register_autograd(_backward, setup_context=_setup_context)

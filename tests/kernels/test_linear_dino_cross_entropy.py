@@ -38,13 +38,25 @@ def make_inputs(shape, dtype, device):
     return *(value.to(device, dtype) for value in values), 0.1 * torch.randn(K, device=device)
 
 
+def learned_lengths(num_prototypes, dtype, device):
+    """Options: positive, negative and, where the dtype allows it, tiny ones."""
+    values = [torch.randn(num_prototypes) for _ in range(2)]
+    values[0][0] = 1e-2 if dtype == torch.float16 else 1e-6
+    names = ("student_lengths", "teacher_lengths")
+    lengths = {n: v.to(device, dtype) for n, v in zip(names, values, strict=True)}
+    return {"normalize_prototypes": True, **lengths}
+
+
 def call(inputs, backend, **options):
-    """(loss, teacher mean, teacher entropy), and the student's two gradients times a factor."""
+    """(loss, teacher mean, teacher entropy), and the student's gradients times a factor."""
     features, prototypes, *rest = inputs
     leaves = [value.detach().requires_grad_() for value in (features, prototypes)]
-    outputs = F.linear_dino_cross_entropy(
-        *leaves, *rest, backend=backend, **{**TEMPS, **STATS, **options}
-    )
+    options = {**TEMPS, **STATS, **options}
+    if "student_lengths" in options:
+        lengths = options["student_lengths"].detach().requires_grad_()
+        options["student_lengths"] = lengths
+    outputs = F.linear_dino_cross_entropy(*leaves, *rest, backend=backend, **options)
+    leaves += [lengths] if "student_lengths" in options else []
     grads = torch.autograd.grad(1.7 * outputs[0], leaves)
     return tuple(value.detach() for value in outputs), grads
 
@@ -59,11 +71,11 @@ def check_against_truth(inputs, backend, atol=None, **options):
             **{name: to_double(value) for name, value in options.items()},
         )
     assert [value.dtype for value in outputs] == [torch.float32] * 3
-    assert [grad.dtype for grad in grads] == [value.dtype for value in inputs[:2]]
+    assert [grad.dtype for grad in grads[:2]] == [value.dtype for value in inputs[:2]]
     for name, *values in zip(("loss", "mean", "entropy"), outputs, eager, truth, strict=True):
         assert_close_to_truth(name, *values, atol)
-    names = ("dfeatures", "dprototypes")
-    for name, *values in zip(names, grads, eager_grads, true_grads, strict=True):
+    names = ("dfeatures", "dprototypes", "dlengths")
+    for name, *values in zip(names[: len(grads)], grads, eager_grads, true_grads, strict=True):
         # With one prototype all is rounding: 1 - 1, times 1.7 / 0.1.
         assert_close_to_truth(name, *values, atol or 2 * ATOL[values[0].dtype])
         error, eager_error = ((value.double() - values[2]).norm() for value in values[:2])
@@ -82,12 +94,58 @@ def test_against_float64(shape, normalize, dtype, backend, poisoned_memory):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_learned_lengths_against_float64(shape, dtype, backend, poisoned_memory):
+    device = device_of(backend)
+    inputs = make_inputs(shape, dtype, device)
+    check_against_truth(inputs, backend, **learned_lengths(shape[3], dtype, device))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_learned_length_of_zero_has_its_gradient(backend):
+    """And its prototype none, as the formula has it."""
+    device = device_of(backend)
+    inputs = make_inputs((3, 2, 4, 50, 8, 8), torch.float32, device)
+    lengths = learned_lengths(50, torch.float32, device)
+    lengths["student_lengths"][7] = 0
+    _, grads = call(inputs, backend, **lengths)
+    _, expected = call(inputs, "reference", **lengths)
+    for grad, wanted in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-6)
+    assert grads[2][7] != 0 and (grads[1][7].abs() < 1e-15).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [100, 1024, 1500])
 def test_any_block_size(size, backend, monkeypatch):
     monkeypatch.setattr(blocks, "CPU_BLOCKS", ((None, size),))
     monkeypatch.setattr(blocks, "GPU_BLOCKS", ((None, size),))
     inputs = make_inputs((3, 2, 2, 3007, 8, 8), torch.float32, device_of(backend))
     check_against_truth(inputs, backend, normalize_prototypes=True)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_equals_a_weight_normalised_layer_and_then_the_loss(backend):
+    device = device_of(backend)
+    inputs = make_inputs((4, 2, 3, 2100, 19, 19), torch.float32, device)
+    options = learned_lengths(2100, torch.float32, device)
+    student, prototypes, teacher, teacher_prototypes, center = inputs
+    lengths = options["student_lengths"].clone()
+    leaves = [value.requires_grad_() for value in (student, prototypes, lengths)]
+    layers = [
+        torch._weight_norm(v, g[:, None], 0)
+        for v, g in ((prototypes, lengths), (teacher_prototypes, options["teacher_lengths"]))
+    ]
+    expected = F.dino_cross_entropy(
+        student @ layers[0].T, teacher @ layers[1].T, center, **TEMPS, **STATS, backend="reference"
+    )
+    expected_grads = torch.autograd.grad(1.7 * expected[0], leaves)
+    outputs, grads = call(inputs, backend, **options)
+    for value, wanted in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(value, wanted.detach(), rtol=1e-5, atol=1e-5)
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
@@ -190,7 +248,8 @@ def test_no_images(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_runs_give_the_same_bits(backend):
     inputs = make_inputs((4, 2, 5, 3001, 24, 24), torch.float32, device_of(backend))
-    first, second = (call(inputs, backend, normalize_prototypes=True) for _ in range(2))
+    options = learned_lengths(3001, torch.float32, device_of(backend))
+    first, second = (call(inputs, backend, **options) for _ in range(2))
     pairs = zip(first[0] + first[1], second[0] + second[1], strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
@@ -198,22 +257,31 @@ def test_runs_give_the_same_bits(backend):
 def test_reference_gradcheck():
     *inputs, center = (v.double() for v in make_inputs((3, 2, 2, 5, 4, 3), torch.float64, "cpu"))
     features, prototypes, *teacher = inputs
+    _, *lengths = learned_lengths(5, torch.float64, "cpu").values()
     terms = (None, center, None, None, None, None, 0.5, 0.3, True, True)
 
-    def function(features, prototypes):
+    def function(features, prototypes, student_lengths=None):
+        both = (None, None) if student_lengths is None else (student_lengths, lengths[1])
         return reference.linear_dino_cross_entropy(
-            features, prototypes, *teacher, True, torch.float64, *terms
+            features, prototypes, *teacher, *both, True, torch.float64, *terms
         )
 
-    torch.autograd.gradcheck(function, (features.requires_grad_(), prototypes.requires_grad_()))
+    leaves = tuple(value.requires_grad_() for value in (features, prototypes, lengths[0]))
+    torch.autograd.gradcheck(function, leaves[:2])
+    torch.autograd.gradcheck(function, leaves)
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_opcheck(backend):
+@pytest.mark.parametrize("learned", [False, True])
+def test_opcheck(learned, backend):
     device = device_of(backend)
     features, prototypes, *teacher, center = make_inputs((3, 2, 2, 20, 4, 3), torch.float32, device)
     weights, count = torch.rand(2, device=device), torch.tensor(2, device=device)
-    operands = (features.requires_grad_(), prototypes.requires_grad_(), *teacher)
+    lengths = [None, None]
+    if learned:
+        _, *lengths = learned_lengths(20, torch.float32, device).values()
+        lengths[0].requires_grad_()
+    operands = (features.requires_grad_(), prototypes.requires_grad_(), *teacher, *lengths)
     terms = (None, center, None, None, weights, count, 0.1, 0.04, True, True)
     op = torch.ops.fastssl.linear_dino_cross_entropy
     settings = (True, torch.float32)
@@ -221,11 +289,13 @@ def test_opcheck(backend):
     torch.library.opcheck(op, (*operands, *settings, *terms, True, backend))
     if backend == "reference":
         return
-    torch.library.opcheck(op, (*operands, False, torch.float32, *terms, False, backend))
+    if not learned:
+        torch.library.opcheck(op, (*operands, False, torch.float32, *terms, False, backend))
     saved = [v.detach() for v in op(*operands, *settings, *terms, True, backend)[3:]]
     torch.library.opcheck(
         torch.ops.fastssl.linear_dino_cross_entropy_backward,
-        (torch.ones((), device=device), *(v.detach() for v in operands), *settings)
+        (torch.ones((), device=device), *(v if v is None else v.detach() for v in operands))
+        + settings
         + (None, center, None, weights, count, *saved, 0.1, 0.04, True, True, False, backend),
     )
 
@@ -233,21 +303,18 @@ def test_opcheck(backend):
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_compiles_without_a_graph_break(backend):
     inputs = make_inputs((3, 2, 2, 50, 8, 8), torch.float32, device_of(backend))
+    options = learned_lengths(50, torch.float32, device_of(backend))
+    lengths = options.pop("student_lengths")
 
-    def step(features, prototypes, *rest):
+    def step(features, prototypes, lengths, *rest):
         return F.linear_dino_cross_entropy(
-            features,
-            prototypes,
-            *rest,
-            **TEMPS,
-            **STATS,
-            normalize_prototypes=True,
-            backend=backend,
+            *(features, prototypes, *rest),
+            **{**TEMPS, **STATS, **options, "student_lengths": lengths, "backend": backend},
         )
 
     results = []
     for function in (torch.compile(step, fullgraph=True), step):
-        leaves = [value.detach().requires_grad_() for value in inputs[:2]]
+        leaves = [value.detach().requires_grad_() for value in (*inputs[:2], lengths)]
         outputs = function(*leaves, *inputs[2:])
         results.append((*outputs, *torch.autograd.grad(outputs[0], leaves)))
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
@@ -302,6 +369,7 @@ class Head(nn.Module):
         super().__init__()
         self.student = nn.Parameter(torch.randn(K, D))
         self.teacher = nn.Parameter(torch.randn(K, D), requires_grad=False)
+        self.lengths = nn.Parameter(torch.randn(K, 1))
 
     def forward(self, student, teacher, center):
         return F.linear_dino_cross_entropy(
@@ -312,6 +380,8 @@ class Head(nn.Module):
             center,
             **TEMPS,
             normalize_prototypes=True,
+            student_lengths=self.lengths.flatten(),
+            teacher_lengths=self.lengths.detach().flatten(),
             return_teacher_mean=True,
         )
 
@@ -335,9 +405,12 @@ def _sharded_step(student, teacher, center, wrap, parts):
         (loss / parts).backward()
         losses.append(loss.detach())
         means.append(mean)
-    parameter = head.module.student if wrap == "ddp" else head.student
-    grad = parameter.grad.full_tensor() if wrap == "fsdp" else parameter.grad
-    return torch.stack(losses).mean(), torch.stack(means).mean(0), leaf.grad, grad
+    owner = head.module if wrap == "ddp" else head
+    grads = [parameter.grad for parameter in (owner.student, owner.lengths)]
+    if wrap == "fsdp":
+        grads = [grad.full_tensor() for grad in grads]
+    # In one tensor, [K, D + 1].
+    return torch.stack(losses).mean(), torch.stack(means).mean(0), leaf.grad, torch.cat(grads, 1)
 
 
 @pytest.mark.parametrize(
@@ -372,6 +445,19 @@ BAD = {
     },
     "center must have shape [K] = [8] after leading ones": {"center": torch.zeros(6)},
     "student_temp must be positive, got 0": {"student_temp": 0},
+    "must be given together, with normalize_prototypes=True, got those of student with True": {
+        "student_lengths": torch.ones(8),
+        "normalize_prototypes": True,
+    },
+    "must be given together, with normalize_prototypes=True, got those of student and teacher": {
+        "student_lengths": torch.ones(8),
+        "teacher_lengths": torch.ones(8),
+    },
+    "teacher_lengths must have shape [K] = [8], got [7]": {
+        "student_lengths": torch.ones(8),
+        "teacher_lengths": torch.ones(7),
+        "normalize_prototypes": True,
+    },
     "backend must be one of cpp, triton, cuda, reference": {"backend": "magic"},
 }
 

@@ -91,6 +91,8 @@ def test_features_and_prototypes_make_the_logits_and_their_gradients(norm_last_l
             output.prototypes,
             *kept[:2],
             normalize_prototypes=output.normalize_prototypes,
+            student_lengths=output.lengths,
+            teacher_lengths=kept.lengths,
             **temps,
         )
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fastssl import functional
 from fastssl.nn import Attention, Linear, Mlp, sdpa
 
 
@@ -61,6 +62,41 @@ def test_long_and_short_sequences(tokens):
     torch.testing.assert_close(
         *(torch.autograd.grad(out, qkv, grad)[0] for out in (actual, expected))
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "training", "chosen"),
+    [
+        ("tiles", torch.bfloat16, True, "kernels"),
+        ("tiles", torch.bfloat16, False, "kernels"),
+        ("tiles", torch.float32, True, "torch"),
+        ("avx512", torch.bfloat16, True, "scores"),
+        ("avx512", torch.bfloat16, False, "scores"),
+        ("avx512", torch.float16, False, "torch"),
+        ("avx512", torch.float32, True, "kernels"),
+        ("avx512", torch.float32, False, "kernels"),
+        ("other", torch.bfloat16, True, "scores"),
+        ("other", torch.bfloat16, False, "torch"),
+        ("other", torch.float32, True, "torch"),
+    ],
+)
+def test_what_a_processor_is_given(kind, dtype, training, chosen, monkeypatch):
+    monkeypatch.setattr(sdpa, "_cpu_kind", lambda: kind)
+    monkeypatch.setattr(sdpa, "_has_bf16_products", lambda: True)
+    calls = []
+    kernels, fused = functional.mask_unit_attention, F.scaled_dot_product_attention
+
+    def counted(name, function):
+        return lambda *args, **kwargs: calls.append(name) or function(*args, **kwargs)
+
+    monkeypatch.setattr(functional, "mask_unit_attention", counted("kernels", kernels))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted("torch", fused))
+    qkv = torch.randn(2, 8, 36).to(dtype).requires_grad_(training)
+    out = sdpa.self_attention(qkv, 3)
+    assert (calls or ["scores"]) == [chosen]
+    q, k, v = qkv.view(2, 8, 3, 3, 4).permute(2, 0, 3, 1, 4).double()
+    expected = fused(q, k, v).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(out.double(), expected, rtol=2e-2, atol=2e-2)
 
 
 def test_replaced_and_hooked_layers_are_called():
