@@ -151,12 +151,14 @@ class iBOT(SelfDistillation):
         num_rows = self._num_rows(*masks.shape)
         rows = masked_rows(masks, num_rows, student.num_prefix_tokens)
         with torch.no_grad():
-            targets = teacher.forward_features(images)
-        tokens = student.forward_features(images, masks=masks)
-        classes = [tokens[:, 0]]
+            targets = teacher.forward_features(images, select=rows.with_class_tokens)
+        tokens = student.forward_features(images, masks=masks, select=rows.with_class_tokens)
+        num_images = images.shape[0]
+        classes = [tokens[:num_images]]
         if len(batch.views) > 2:
             classes.append(class_tokens(student, batch.views[2:]))
-        return Tokens(torch.cat(classes), targets[:, 0], rows.of(tokens), rows.of(targets), rows)
+        patches = (tokens[num_images:], targets[num_images:])
+        return Tokens(torch.cat(classes), targets[:num_images], *patches, rows)
 
     def losses(self, tokens: Tokens) -> dict[str, Tensor]:
         """What `forward` returns, but for the weight of what a subclass adds."""

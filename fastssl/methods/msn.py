@@ -16,6 +16,7 @@ from fastssl.methods.common import TeacherMethod, check_ratio, num_features
 from fastssl.methods.self_distillation import Network, check_global_views, class_tokens
 from fastssl.methods.views import MSN as VIEWS
 from fastssl.models import VisionTransformer
+from fastssl.models.vit import class_token
 from fastssl.nn import MSNProjectionHead
 
 
@@ -94,7 +95,7 @@ class MSN(TeacherMethod):
         focal = [view for view in batch.views[1:] if view.shape != size]
         images = torch.cat([batch.views[v] for v in masked])
         ids_keep = torch.cat([self.ids_keep(batch, v) for v in masked])
-        tokens = backbone.forward_features(images, ids_keep=ids_keep)[:, 0]
+        tokens = backbone.forward_features(images, ids_keep=ids_keep, select=class_token)
         return torch.cat([tokens, class_tokens(backbone, focal)]) if focal else tokens
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from fastssl.losses.common import Stats, check_positive
 from fastssl.methods.base import Setting
 from fastssl.methods.common import TeacherMethod, check_views, encode
 from fastssl.models import VisionTransformer
+from fastssl.models.vit import class_token
 from fastssl.nn import DINOHead
 from fastssl.optim.schedules import Schedule
 
@@ -95,7 +96,7 @@ def distill(
 
 def class_tokens(backbone: VisionTransformer, views: Sequence[Tensor]) -> Tensor:
     """[V * B, D], views one after the other."""
-    return encode(lambda images: backbone.forward_features(images)[:, 0], views)
+    return encode(lambda images: backbone.forward_features(images, select=class_token), views)
 
 
 def check_global_views(setting: Setting, method: str) -> None:
@@ -119,13 +120,19 @@ class MaskedRows(NamedTuple):
     def of(self, tokens: Tensor) -> Tensor:  # [B, P + N, D] -> [M, D]
         return tokens.flatten(0, 1).index_select(0, self.index)
 
+    def with_class_tokens(self, tokens: Tensor) -> Tensor:  # [B, P + N, D] -> [B + M, D]
+        return torch.cat([class_token(tokens), self.of(tokens)])
+
 
 def masked_rows(masks: Tensor, num_rows: int, num_prefix_tokens: int) -> MaskedRows:
     """The rows of masks [B, N], True where masked, with room for `num_rows` masked patches.
 
-    The host does not wait for the masks. Of more than `num_rows` the last are left out.
+    The host does not wait for the masks. Of more than `num_rows` the last are left out. On a CPU,
+    where nothing waits, there are no more rows than masked patches, or than one, unless compiled.
     """
     hidden = masks.flatten()
+    if masks.device.type == "cpu" and not torch.compiler.is_compiling():
+        num_rows = min(num_rows, max(1, int(hidden.sum())))
     index = hidden.logical_not().to(torch.uint8).argsort(stable=True)[:num_rows]
     weights = (1 / masks.sum(dim=1, keepdim=True).clamp(min=1)).expand_as(masks).flatten()
     image = index // masks.shape[1]

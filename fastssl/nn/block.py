@@ -14,6 +14,7 @@ from fastssl.nn.norm import add_layer_norm, layer_norm
 
 NormLayer = Callable[[int], nn.Module]
 FeedForward = Callable[[int, int], nn.Module]  # of the width and of the hidden width
+Select = Callable[[Tensor], Tensor]  # of [B, N, D] some tokens [..., D]
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)  # the eps of every ViT that was released
 
 
@@ -38,7 +39,8 @@ class Block(nn.Module):
 
     `init_values` not None adds LayerScale with that start; `drop_path` is the probability that a
     sample skips a branch; `ffn_layer` makes what stands in place of the Mlp. Keys: norm1, attn,
-    ls1, norm2, mlp, ls2.
+    ls1, norm2, mlp, ls2. With `select`, which takes tokens out of [B, N, D], the result is that of
+    these alone, and for the others nothing is computed but the keys and values they are to these.
     """
 
     def __init__(
@@ -65,11 +67,14 @@ class Block(nn.Module):
         self.ls2 = layer_scale()
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, select: Select | None = None) -> Tensor:
         drop_path = self.drop_path
         if drop_path.num_kept(x.shape[0]) < x.shape[0]:
             x = drop_path.add_branch(x, x, self._attend)
-            return drop_path.add_branch(x, x, self._feed_forward)
+            x = drop_path.add_branch(x, x, self._feed_forward)
+            return x if select is None else select(x)
+        if select is not None:
+            return self._of_selected(x, select)
         branch, gamma = self.attn(layer_norm(self.norm1, x)), None
         if is_plain(self.ls1, LayerScale):
             gamma = self.ls1.gamma
@@ -77,6 +82,20 @@ class Block(nn.Module):
             branch = self.ls1(branch)
         x, y = add_layer_norm(self.norm2, x, branch, gamma=gamma, scale=drop_path.draw(x))
         return x + drop_path(self.ls2(self.mlp(y)))
+
+    def _of_selected(self, x: Tensor, select: Select) -> Tensor:
+        branches = (
+            lambda kept: self.ls1(self.attn(layer_norm(self.norm1, x), select)),
+            self._feed_forward,
+        )
+        kept = select(x)
+        for branch in branches:
+            scale, added = self.drop_path.draw(x), branch(kept)
+            if scale is not None:
+                # A factor per sample becomes one per token.
+                added = added * select(scale.view(-1, 1, 1).expand(*x.shape[:2], 1))
+            kept = kept + added
+        return kept
 
     def _attend(self, x: Tensor) -> Tensor:
         return self.ls1(self.attn(layer_norm(self.norm1, x)))

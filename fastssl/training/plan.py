@@ -244,9 +244,9 @@ def _run(block: Block | HieraBlock, x: Tensor, output: Tensor) -> BlockRun:
     is_hiera = isinstance(block, HieraBlock)
     return BlockRun(
         rows_in=x.shape[0] * x.shape[1] / _SAMPLES,
-        rows_out=output.shape[0] * output.shape[1] / _SAMPLES,
+        rows_out=output.shape[:-1].numel() / _SAMPLES,
         dim_in=x.shape[2],
-        dim_out=output.shape[2],
+        dim_out=output.shape[-1],
         hidden=block.mlp.fc1.out_features,
         num_heads=block.attn.heads if is_hiera else block.attn.num_heads,
         pools=is_hiera and block.attn.q_stride > 1,

@@ -26,7 +26,13 @@ def direct(
     registered, body = op._opoverload, op._init_fn
     differentiable = body
     if backward is not None:
-        methods = {"forward": body, "setup_context": setup_context, "backward": _once(backward)}
+        # With a setup_context of its own the Function would inspect forward's signature per call.
+        def forward(ctx: object, *args: object) -> object:
+            output = body(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        methods = {"forward": forward, "backward": _once(backward)}
         methods = {name: staticmethod(method) for name, method in methods.items()}
         differentiable = type(op._name, (torch.autograd.Function,), methods).apply
 

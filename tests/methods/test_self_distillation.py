@@ -261,14 +261,21 @@ def test_masks_are_keyed_by_sample_epoch_and_view():
     assert not torch.equal(*kept) and torch.equal(msn.ids_keep(batch, 1), kept[0])
 
 
-def test_masked_rows_have_a_fixed_number():
+@pytest.mark.parametrize("compiles", [False, True])
+def test_masked_rows_have_a_fixed_number_where_it_matters(compiles):
+    """On a CPU they are as many as masked patches, unless compiled."""
     masks = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 0]]).bool()
     tokens = torch.arange(3 * 6).view(3, 6, 1)
-    rows = masked_rows(masks, 7, num_prefix_tokens=2)
+    function = torch.compile(masked_rows, fullgraph=True) if compiles else masked_rows
+    rows = function(masks, 7, num_prefix_tokens=2)
     assert rows.count == 5
+    assert rows.of(tokens).shape == (7 if compiles else 5, 1)
     assert rows.of(tokens).flatten()[:5].tolist() == [3, 5, 14, 15, 16]
-    assert rows.of(tokens).shape == (7, 1)
+    assert rows.with_class_tokens(tokens).flatten()[:5].tolist() == [0, 6, 12, 3, 5]
     torch.testing.assert_close(rows.weights[:5], torch.tensor([1 / 2] * 2 + [1 / 3] * 3))
+    # Too many are left out, and of none there is a row.
+    assert function(masks, 4, num_prefix_tokens=2).count == 4
+    assert masked_rows(masks & False, 7, 2).index.shape == (1,)
 
 
 @pytest.mark.parametrize("name", ["ibot", "dinov2"])

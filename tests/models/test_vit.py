@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastssl import models
 from fastssl.models import VisionTransformer
@@ -94,6 +95,42 @@ def test_patch_that_is_not_kept_has_no_influence():
     other[..., :8, :8] = 7.0  # patch 0
     kept = model.forward_features(images, ids_keep=ids_keep)
     assert torch.equal(kept, model.forward_features(other, ids_keep=ids_keep))
+
+
+def some_tokens(tokens):
+    """The class tokens and two patches of the second image."""
+    return torch.cat([tokens[:, 0], tokens.flatten(0, 1)[[21, 30]]])
+
+
+# Rates at which samples are dropped after their branch is computed, and before.
+@pytest.mark.parametrize("drop_path_rate", [0.0, 0.08, 0.5])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("init_values", [None, 0.3])
+def test_selected_tokens_are_those_of_all(init_values, checkpointing, drop_path_rate):
+    model = small(init_values=init_values, drop_path_rate=drop_path_rate).double().train()
+    randomise(model)
+    model.set_grad_checkpointing(checkpointing)
+    images = torch.randn(8, 3, 32, 32, dtype=torch.float64)
+    results = []
+    for select in (some_tokens, None):
+        torch.manual_seed(5)
+        tokens = model.forward_features(images, select=select)
+        tokens = tokens if select is not None else some_tokens(tokens)
+        assert tokens.shape == (10, 24)
+        loss = (tokens * torch.linspace(-1, 1, tokens.numel()).view_as(tokens)).sum()
+        results.append((tokens, *torch.autograd.grad(loss, list(model.parameters()))))
+    torch.testing.assert_close(*results)
+
+
+def test_the_last_block_spares_the_tokens_that_are_not_selected():
+    model, images = small(), torch.randn(2, 3, 32, 32)
+    flops = []
+    for pool in ("avg", "token"):
+        with FlopCounterMode(display=False) as counter:
+            model.features(images, pool=pool)
+        flops.append(counter.get_total_flops())
+    # Of the projection, D x D, and of the Mlp, two of 4 * D x D, for 16 patches of 2 images.
+    assert flops[0] - flops[1] == 2 * (2 * 16) * 9 * 24**2
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
