@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,8 @@ from fastssl.kernels.common.checks import check_int, check_shape, check_tensor
 _COLOR_UNIFORMS = (1, 4, 4, 1, 1, 1, 1)
 # Pixels that wait for their views at a time, in bytes: a batch of large pictures would fill memory.
 _CHUNK_BYTES = 2**26
+# The smallest part of a picture that holds the boxes of all its views, and these within it.
+_Cut = tuple[Pixels, list[Box]]
 
 
 @dataclass(frozen=True)
@@ -160,20 +161,19 @@ def see_through(
         F.keyed_uniform(indices, one.num_uniforms, view=view * len(views) + number, **keys)
         for number, one in enumerate(views)
     ]
+    params, numbers = _params(views, uniforms), _by_picture(uniforms)
     rows: list[int] = []
-    waiting: list[tuple[Pixels, Box]] = []
+    waiting: list[_Cut] = []
     parts: list[tuple[Tensor, ...]] = []
 
     def decoded() -> Decoded:
-        here = rows[len(rows) - len(waiting) :]
-        crops, regions = zip(*waiting, strict=True) if waiting else ((), ())
-        return decode_later(views, crops, [draws[here] for draws in uniforms], regions)
+        return _joined(views, waiting, params[:, rows[len(rows) - len(waiting) :]])
 
     size = 0
     for row, picture, region in pictures:
         rows.append(row)
-        waiting.append((picture, region))
-        size += picture.size
+        waiting.append(_cut(views, picture, region, numbers[row]))
+        size += waiting[-1][0].size
         if size >= _CHUNK_BYTES and not keep_decoded:
             parts.append(make_views(decoded()))
             size, waiting = 0, []
@@ -198,55 +198,66 @@ def decode_later(
             "pictures, regions and uniforms must be equally many, got "
             f"{len(pictures)}, {len(regions)} and {', '.join(str(len(u)) for u in uniforms)}"
         )
-    params = [view.params(draws) for view, draws in zip(views, uniforms, strict=True)]
-    numbers = [draws.tolist() for draws in uniforms]
-    boxes, parts = [], []
-    for row, (picture, region) in enumerate(zip(pictures, regions, strict=True)):
-        of_views = zip(views, numbers, strict=True)
-        part, inside = _cut(picture, [view.box(region, draws[row]) for view, draws in of_views])
-        parts.append(part)
-        boxes.append(inside)
+    params = _params(views, uniforms)
+    rows = zip(pictures, regions, _by_picture(uniforms), strict=True)
+    return _joined(views, [_cut(views, *row) for row in rows], params)
+
+
+def _params(views: Sequence[View], uniforms: Sequence[Tensor]) -> Tensor:  # [V, B, 13]
+    return torch.stack([view.params(draws) for view, draws in zip(views, uniforms, strict=True)])
+
+
+def _by_picture(uniforms: Sequence[Tensor]) -> list[tuple[list[float], ...]]:
+    """Of each picture, the numbers of each view."""
+    return list(zip(*(draws.tolist() for draws in uniforms), strict=True))
+
+
+def _cut(
+    views: Sequence[View], picture: Pixels, region: Box, numbers: Sequence[Sequence[float]]
+) -> _Cut:
+    boxes = [view.box(region, draws) for view, draws in zip(views, numbers, strict=True)]
+    lefts, tops, rights, bottoms = zip(*boxes, strict=True)
+    x, y = min(lefts), min(tops)
+    part = picture[y : max(bottoms), x : max(rights)]
+    # A copy lets go of the picture: of large ones, a batch may not fit in memory.
+    part = part if part.size == picture.size else part.copy()
+    return part, [(left - x, top - y, right - x, down - y) for left, top, right, down in boxes]
+
+
+def _joined(views: Sequence[View], cuts: Sequence[_Cut], params: Tensor) -> Decoded:
+    parts = [part for part, _ in cuts]
     pixels = np.concatenate([part.reshape(-1) for part in parts] or [np.empty(0, np.uint8)])
     lengths = torch.tensor([part.size for part in parts], dtype=torch.int64)
     shapes = torch.tensor([part.shape[:2] for part in parts], dtype=torch.int64)
-    of_pictures = torch.tensor(boxes, dtype=torch.int64).reshape(len(parts), len(views), 4)
+    boxes = torch.tensor([inside for _, inside in cuts], dtype=torch.int64)
     return Decoded(
         torch.from_numpy(pixels),
         lengths.cumsum(0) - lengths,
         shapes.reshape(-1, 2),
-        of_pictures.transpose(0, 1).contiguous(),
-        torch.stack(params),
+        boxes.reshape(len(cuts), len(views), 4).transpose(0, 1).contiguous(),
+        params,
         tuple(view.size for view in views),
     )
 
 
-def _cut(picture: Pixels, boxes: Sequence[Box]) -> tuple[Pixels, list[Box]]:
-    """The smallest part that holds all boxes, and these within it."""
-    lefts, tops, rights, bottoms = zip(*boxes, strict=True)
-    x, y = min(lefts), min(tops)
-    part = picture[y : max(bottoms), x : max(rights)]
-    return part, [(left - x, top - y, right - x, down - y) for left, top, right, down in boxes]
-
-
 def make_views(decoded: Decoded, **options: Any) -> tuple[Tensor, ...]:
-    """Every view, [B, 3, H, W], where the pixels are; neighbours of one size in one call.
+    """Every view, [B, 3, H, W], where the pixels are; all of one size in one call.
 
     options: of `augment_views`; without any the result is uint8.
     """
     options = options or {"dtype": torch.uint8}
-    made: list[Tensor] = []
+    made: dict[int, Tensor] = {}
     batch = decoded.offsets.shape[0]
-    for size, group in groupby(decoded.sizes):
-        number = len(list(group))
-        here = slice(len(made), len(made) + number)
+    for size in dict.fromkeys(decoded.sizes):
+        here = [number for number, other in enumerate(decoded.sizes) if other == size]
         out = F.augment_views(
             *(decoded.pixels, decoded.offsets, decoded.shapes),
-            torch.arange(batch, device=decoded.pixels.device).repeat(number),
-            decoded.boxes[here].flatten(0, 1),
-            decoded.params[here].flatten(0, 1),
+            torch.arange(batch, device=decoded.pixels.device).repeat(len(here)),
+            torch.cat([decoded.boxes[number] for number in here]),
+            torch.cat([decoded.params[number] for number in here]),
             size=size,
             kernel_size=kernel_size(size),
             **options,
         )
-        made += out.unflatten(0, (number, batch)).unbind()
-    return tuple(made)
+        made.update(zip(here, out.unflatten(0, (len(here), batch)).unbind(), strict=True))
+    return tuple(made[number] for number in range(len(made)))

@@ -19,6 +19,7 @@ from fastssl.data.folder import ImageFiles
 from fastssl.data.loader import _moved, build_loader, epoch_permutation, steps_per_epoch
 from fastssl.data.pictures import NoReadableImage
 from fastssl.data.views import View
+from tests.kernels.util import DEVICE
 
 NUM_FILES = 13
 
@@ -365,7 +366,27 @@ def test_views_made_by_the_loader_are_those_made_by_workers(folder, num_workers)
             assert torch.equal(levels, (levels * 255).round() / 255)
 
 
-def test_decoded_pixels_move_with_their_batch(folder):
+def test_views_made_by_triton_are_those_made_by_workers(folder, monkeypatch):
+    pytest.importorskip("triton")
+    from fastssl.kernels.augment_views import triton_kernel
+
+    kinds = [View((8, 8), number=2, **COLORS), View((6, 10), blur=1.0)]
+    dataset = dataset_of(folder, views=kinds, mean=(0.0,) * 3, std=(1.0,) * 3)
+    options = {"global_batch_size": 2, "num_steps": 1, "seed": 2, "device": DEVICE}
+    (wanted,) = build_loader(dataset, **options, views_on_device=False)
+    used = []
+    real = triton_kernel.augment_views
+    monkeypatch.setattr(
+        triton_kernel, "augment_views", lambda *args: used.append(args[6]) or real(*args)
+    )
+    monkeypatch.setenv("FASTSSL_BACKEND", "triton")
+    (got,) = build_loader(dataset, **options, views_on_device=True)
+    assert [tuple(size) for size in used] == [(8, 8), (6, 10)], "one launch a size"
+    for view, levels in zip(got.views, wanted.views, strict=True):
+        assert (view - levels).abs().max() <= 0.51 / 255
+
+
+def test_decoded_pixels_move_with_their_batch(folder, monkeypatch):
     dataset = dataset_of(folder, views=KINDS)
     batch = dataset[Request(torch.arange(3), keep_decoded=True)]
     assert batch.views == () and len(batch) == 3
@@ -374,6 +395,18 @@ def test_decoded_pixels_move_with_their_batch(folder):
     moved.map(lambda tensor: devices.add(tensor.device.type) or tensor)
     assert devices == {"meta"}
     assert moved.sizes == ((16, 16), (16, 16), (8, 8), (8, 8), (8, 8))
+    tensors = {"index": batch.index, **vars(batch.decoded)}
+    addresses = {one.data_ptr() for one in tensors.values() if isinstance(one, torch.Tensor)}
+    for name, call in (
+        ("pin_memory", lambda: batch.pin_memory()),
+        ("record_stream", lambda: batch.record_stream(None)),
+    ):
+        touched = set()
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda tensor, *_, to=touched: to.add(tensor.data_ptr()) or tensor
+        )
+        call()
+        assert touched == addresses and len(touched) == 6
 
 
 @pytest.mark.gpu

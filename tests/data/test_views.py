@@ -1,6 +1,7 @@
 """Views: the crop's bits, the colours of its rows, and what papers ask for."""
 
 import colorsys
+import weakref
 from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
@@ -261,10 +262,17 @@ def seen(of, indices, pictures, **options):
     return views.see_through(of, rows, indices, seed=3, epoch=1, **options)
 
 
-def test_views_of_a_batch_are_each_views_own():
+def test_views_of_a_batch_are_each_views_own(monkeypatch):
     """Two sizes, a call for each, and back in order."""
     pictures, indices = photos(6), torch.arange(20, 26)
+    made, real = [], F.augment_views
+    monkeypatch.setattr(
+        F,
+        "augment_views",
+        lambda *args, **options: made.append(options["size"]) or real(*args, **options),
+    )
     rows, got = seen(SIZES, indices, pictures)
+    assert made == [(16, 16), (24, 20)]
     assert rows == list(range(6)) and [v.shape[2:] for v in got] == [(16, 16), (24, 20), (16, 16)]
     for number, view in enumerate(SIZES):
         keys = {"seed": 3, "epoch": 1, "view": number, "stream": F.STREAM_CROP}
@@ -280,6 +288,29 @@ def test_views_do_not_depend_on_how_many_wait(monkeypatch):
     rows, in_parts = seen(SIZES, indices, pictures)
     assert rows == list(range(7))
     assert all(map(torch.equal, in_parts, together))
+
+
+@pytest.mark.parametrize("keep_decoded", [False, True])
+def test_large_pictures_do_not_wait(keep_decoded):
+    """Only what the views show of them does."""
+    references = []
+
+    def large_pictures():
+        for row in range(4):
+            assert sum(reference() is not None for reference in references) <= 1
+            # One region is as wide as the picture, whose rows lie in one piece.
+            picture = np.full((300, 400, 3), row, np.uint8)
+            references.append(weakref.ref(picture))
+            yield row, picture, (0, 0, 400 if row % 2 else 50, 40)
+            del picture
+
+    views_of = [View((16, 16), (1.0, 1.0), (10.0, 10.0))]
+    _, got = views.see_through(
+        views_of, large_pictures(), torch.arange(4), seed=0, keep_decoded=keep_decoded
+    )
+    assert len(references) == 4
+    for row, view in enumerate(views.make_views(got)[0] if keep_decoded else got[0]):
+        assert (view == row).all()
 
 
 def test_no_pictures_make_views_of_no_rows():
