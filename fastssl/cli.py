@@ -17,6 +17,10 @@ Pretrain an image encoder without labels: on bundled photographs (data=photos) o
 folder of images (data=/path). On several GPUs: torchrun --nproc-per-node=8 -m fastssl.cli ..."""
 
 
+# Errors that say in a sentence what is wrong; any other is a defect, and shows where.
+SAID = (ValueError, OSError, ImportError, ArithmeticError)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, or 1 after an error, which is printed."""
     parser = argparse.ArgumentParser(prog="fastssl-train", usage=USAGE, add_help=False)
@@ -42,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f'fastssl-train: error: {error}; pip install "fastssl[train]"', file=sys.stderr)
         return 1
-    except (ValueError, OSError, ImportError, ArithmeticError) as error:
+    except SAID as error:
         if options.traceback:
             raise
         print(f"fastssl-train: error: {error}", file=sys.stderr)

@@ -297,7 +297,7 @@ def _released(arguments: argparse.Namespace, world: World) -> Subject:
     size = arguments.image_size or 224
     model_args = _from_yaml("--model-args", arguments.model_args, dict)
     model = build_encoder(arguments.model, model_args, image_size=size)
-    report = load_pretrained(model, arguments.weights)
+    report = load_pretrained(model, arguments.weights, quiet=True)
     if any(not key.startswith(_NOT_JUDGED) for key in report.missing):
         raise ValueError(f"--weights must hold all of the encoder: {report}")
     if world.is_main and not report.complete:

@@ -157,12 +157,12 @@ def on_main(function: Callable[[], Any], group: dist.ProcessGroup | None = None)
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a model: the members of lists called `*blocks`, and of the stages
-    `layer1`, `layer2`, ... of a ResNet."""
+    """The repeated blocks of a model: the members of lists and sequences called `*blocks`, and of
+    the stages `layer1`, `layer2`, ... of a ResNet."""
     found = []
     for name, child in module.named_modules():
         leaf = name.rsplit(".", 1)[-1]
-        is_list = isinstance(child, nn.ModuleList) and leaf.endswith("blocks")
+        is_list = isinstance(child, (nn.ModuleList, nn.Sequential)) and leaf.endswith("blocks")
         is_stage = isinstance(child, nn.Sequential) and re.fullmatch(r"layer\d", leaf)
         if is_list or is_stage:
             found += list(child)

@@ -22,6 +22,8 @@ master=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # Restarted ranks must not find the addresses of those that died.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
+# Of itself srun does not take what the job asked for since SLURM 22.05, but one core.
+export SRUN_CPUS_PER_TASK="${SRUN_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-1}}"
 
 # Each node's torchrun leaves its number behind, for `stop`.
 agent='echo $$ > "/tmp/fastssl-$SLURM_JOB_ID.pid"; exec torchrun "$@"'

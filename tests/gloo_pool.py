@@ -49,6 +49,8 @@ def _serve(connection: Connection) -> None:
                 world_size=world_size,
                 timeout=timedelta(seconds=60),
             )
+            # Who is done at once would hang up on those that still connect.
+            dist.barrier()
             answer = (True, function(*args))
             dist.destroy_process_group()
         except BaseException:

@@ -291,6 +291,9 @@ def test_blocks_are_the_members_of_block_lists():
     model = Model()
     inside = nn.ModuleDict({"model": model})
     assert distributed.blocks(inside) == [*model.blocks, *model.decoder_blocks]
+    # As timm's ViT keeps them.
+    inside.blocks = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    assert distributed.blocks(inside)[-2:] == [*inside.blocks]
 
 
 DIES_ONCE = """

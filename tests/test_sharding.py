@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastssl import distributed
 from fastssl.distributed import World
 from fastssl.training import plan, setup
-from fastssl.training.loop import train
+from fastssl.training.loop import Run, train
 from tests.methods.checks import TINY_VIT, Case, check_processes
-from tests.training.tiny import make_images, tiny_config
+from tests.training.tiny import DINO, HIERA, VIT, make_images, tiny_config
 
 TINY_MAE = {**TINY_VIT, "decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
 SMALL = [{"number": 2}, {"number": 1, "size": 8}]
@@ -32,11 +32,6 @@ CASES = {
     "simclr": Case("simclr", {"hidden_dim": 12, "output_dim": 6}, model_args={"batch_norm": True}),
     "barlow_twins": Case("barlow_twins", {"hidden_dim": 12, "output_dim": 6}),
 }
-DINO = [
-    "model={name: VisionTransformer, args: {patch_size: 4, embed_dim: 16, depth: 2, num_heads: 2}}",
-    "views={image_size: 16, groups: [{number: 2}, {number: 1, size: 8}]}",
-    "method={name: dino, args: {out_dim: 16, hidden_dim: 16, bottleneck_dim: 8}}",
-]
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +208,79 @@ def test_the_plan_says_what_is_sent(gloo_pool, images, tmp_path, model, shard_ra
         assert sent["allreduce"] == pytest.approx(expected.all_reduce, rel=0.02)
 
 
+RESNET = [
+    "model={name: ResNet, args: {depths: [1, 1, 1, 1], bottleneck: false, width: 8, "
+    "small_images: true, zero_init_residual: false}}",
+    "views.image_size=16",
+    "method={name: simclr, args: {hidden_dim: 12, output_dim: 6}}",
+]
+
+
+def some_steps(config):
+    """The losses of all steps; then buffers and parameters, whole."""
+    with distributed.session("cpu") as world:
+        run = Run(config, world, resume=False)
+        losses = []
+        while run.step < config.train.steps:
+            run.train_step()
+            losses.append(run.meter.flush()["loss"])
+        run.evaluate()
+        run.log.close()
+        named = (*run.method.named_buffers(), *run.method.named_parameters())
+        return losses, {name: whole(tensor.detach()).clone() for name, tensor in named}
+
+
+@pytest.mark.parametrize("param_dtype", ["fp32", "bf16"])
+def test_batch_statistics_stay_fp32_where_parameters_are_gathered_in_bf16(
+    gloo_pool, images, tmp_path, param_dtype
+):
+    more = ["train.steps=2", "train.precision=bf16", "schedules.lr.base=0.001"]
+    config = tiny_config(images, tmp_path, *more, "name=one", model=RESNET)
+    ((expected_losses, expected),) = gloo_pool.run(some_steps, 1, config)
+    more += [f"train.param_dtype={param_dtype}", "name=two"]
+    config = tiny_config(images, tmp_path, *more, model=RESNET)
+    for losses, tensors in gloo_pool.run(some_steps, 2, config):
+        assert losses == pytest.approx(expected_losses, rel=2e-2)
+        statistics = [name for name in tensors if ".running_" in name]
+        assert len(statistics) >= 20 and {tensors[n].dtype for n in statistics} == {torch.float32}
+        for name in statistics:
+            torch.testing.assert_close(tensors[name], expected[name], rtol=0, atol=1e-3, msg=name)
+        # What comes before any other layer's rounding is the same to the last bits of float32.
+        first = "model.bn1.running_var"
+        torch.testing.assert_close(tensors[first], expected[first], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "model", [VIT, HIERA, DINO, RESNET], ids=["vit", "hiera", "dino", "resnet"]
+)
+def test_checkpointed_blocks_of_two_ranks_make_the_same_steps(gloo_pool, images, tmp_path, model):
+    config = tiny_config(images, tmp_path, "train.steps=2", "name=whole", model=model)
+    expected = gloo_pool.run(some_steps, 2, config)
+    more = ["train.steps=2", "train.grad_checkpointing=true", "name=checkpointed"]
+    got = gloo_pool.run(some_steps, 2, tiny_config(images, tmp_path, *more, model=model))
+    for (losses, tensors), (their_losses, theirs) in zip(got, expected, strict=True):
+        assert losses == their_losses
+        same(tensors, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, shard_ranks", [(2, 0), (2, 1), (4, 2)])
+@pytest.mark.parametrize("model", ["mae", "dino"])
+def test_compiled_blocks_make_the_same_steps(
+    gloo_pool, images, tmp_path, model, ranks, shard_ranks
+):
+    """Shared by all, by none, and by two copies of two."""
+    more = {"model": DINO} if model == "dino" else {}
+    config = tiny_config(images, tmp_path, "train.steps=3", "name=one", **more)
+    ((expected, theirs),) = gloo_pool.run(some_steps, 1, config)
+    words = ["train.steps=3", "train.compile=true", f"train.shard_ranks={shard_ranks}", "name=many"]
+    config = tiny_config(images, tmp_path, *words, **more)
+    for losses, tensors in gloo_pool.run(some_steps, ranks, config, timeout=600):
+        assert losses == pytest.approx(expected, rel=1e-4)
+        for name, tensor in theirs.items():
+            torch.testing.assert_close(tensors[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+
+
 def refused(shard_ranks):
     world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     with pytest.raises(ValueError) as error:
@@ -228,8 +296,34 @@ def test_a_copy_is_shared_by_a_part_of_the_ranks(gloo_pool, images, tmp_path):
         tiny_config(images, tmp_path, "train.param_dtype=fp16")
 
 
+def test_bf16_parameters_without_autocast_are_refused(images, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"param_dtype=bf16 needs train\.precision=bf16 or auto"):
+        tiny_config(images, tmp_path, "train={precision: fp32, param_dtype: bf16}")
+    monkeypatch.setattr(setup, "uses_bf16", lambda *_: False)
+    config = tiny_config(images, tmp_path, "train={precision: auto, param_dtype: bf16}")
+    with pytest.raises(ValueError, match=r"needs train\.precision=bf16: auto is fp32 on this cpu"):
+        setup.gathers_bf16(config, torch.device("cpu"))
+
+
 def test_short_first_dimensions_are_not_padded_where_another_can_be_cut():
     assert distributed.shard_dim((1, 197, 1024), 8) == 2
     assert distributed.shard_dim((1, 197, 12), 8) == 0
     assert distributed.shard_dim((100, 8), 8) == 0
     assert distributed.shard_dim((), 8) == 0
+
+
+def different_data():
+    class Found(list):
+        held_out = frozenset(range(2 + dist.get_rank()))
+
+    with pytest.raises(ValueError) as error:
+        setup.check_alike(Found(range(8)), None)
+    return str(error.value)
+
+
+def test_ranks_that_found_different_data_all_say_so(gloo_pool):
+    expected = (
+        "data must be the same on all ranks; 8 samples and 3 pictures to judge by on rank 1, 8 and "
+        "2 on rank 0"
+    )
+    assert gloo_pool.run(different_data, 2) == [expected, expected]

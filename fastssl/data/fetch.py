@@ -10,13 +10,15 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import BinaryIO
 
 from fastssl.data.index import cache_file, locked
 from fastssl.kernels.common import env
 
-_NUM_ATTEMPTS = 3
+# Seconds between attempts.
+_PAUSES = (1.0, 10.0)
 
 
 def is_url(name: str) -> bool:
@@ -55,6 +57,11 @@ def open_fetched(url: str, size: int | None = None) -> BinaryIO:
         return opened
 
 
+def forget(url: str) -> None:
+    """Let the next who opens it fetch it anew."""
+    cache_file("fetched", url).unlink(missing_ok=True)
+
+
 def _fetch(url: str, file: Path) -> None:
     try:
         from webdataset import gopen
@@ -65,14 +72,17 @@ def _fetch(url: str, file: Path) -> None:
 
     # One process at a time is here for this file: what a killed one left is overwritten.
     part = file.with_name(f"{file.name}.part")
-    for attempt in range(_NUM_ATTEMPTS):
+    for attempt in range(len(_PAUSES) + 1):
         try:
             with gopen(url) as source, open(part, "wb") as stream:
                 shutil.copyfileobj(source, stream, 2**20)
             os.replace(part, file)
             break
         except Exception as error:  # each scheme has its own
-            if attempt + 1 == _NUM_ATTEMPTS:
+            part.unlink(missing_ok=True)
+            if attempt < len(_PAUSES):
+                time.sleep(_PAUSES[attempt])
+            else:
                 reason = str(error) or type(error).__name__
                 raise OSError(f"data cannot be fetched from {url}: {reason}") from error
     _make_room(file)

@@ -221,7 +221,12 @@ def read_index(shard: str) -> ShardIndex:
             return _load(kept)
         except _UNREADABLE:
             with fetch.open_fetched(shard) as file:
-                return _make_index(shard, file, kept)
+                try:
+                    return _make_index(shard, file, kept)
+                except ValueError:
+                    # A page that says what is wrong with the server, perhaps: not to be kept.
+                    fetch.forget(shard)
+                    raise
 
 
 def _load(kept: Path) -> ShardIndex:

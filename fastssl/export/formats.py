@@ -17,13 +17,14 @@ from fastssl.export.transformers_folder import write_transformers
 from fastssl.models import MaskedAutoencoderHiera
 from fastssl.models.hub import WEIGHTS, HubModel, save_tensors
 from fastssl.training import checkpoint
+from fastssl.training.checkpoint_files import step_of
 from fastssl.training.config import dump
 
 
 def export(run: TrainedRun, formats: Sequence[str], out: Path) -> dict[str, Path]:
     """Write each format into a folder of its name below `out`; the folders.
 
-    A folder is written under another name first, so that one which is there is whole.
+    All are written under other names first: either all are there, and whole, or none.
 
     Raises:
         FileExistsError: there is one of that name.
@@ -38,18 +39,19 @@ def export(run: TrainedRun, formats: Sequence[str], out: Path) -> dict[str, Path
     for folder in folders.values():
         if folder.exists():
             raise FileExistsError(f"{folder} exists; remove it, or name another --out")
-    for name, folder in folders.items():
-        writing = folder.with_name(f"{name}.writing")
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
-        try:
-            usage = FORMATS[name](run, writing)
-            write_preprocessing(run, writing)
-            write_card(run, writing, usage)
-            os.rename(writing, folder)
-        except BaseException:
-            shutil.rmtree(writing, ignore_errors=True)
-            raise
+    writing = {name: folder.with_name(f"{name}.writing") for name, folder in folders.items()}
+    try:
+        for name, part in writing.items():
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            usage = FORMATS[name](run, part)
+            write_preprocessing(run, part)
+            write_card(run, part, usage)
+        for name, part in writing.items():
+            os.rename(part, folders[name])
+    finally:
+        for part in writing.values():
+            shutil.rmtree(part, ignore_errors=True)
     return folders
 
 
@@ -99,7 +101,7 @@ def write_checkpoint(run: TrainedRun, folder: Path) -> Usage:
         raise ValueError(f"format checkpoint needs a checkpoint, {run.folder} has none")
     file = folder / "checkpoint.pth"
     content = checkpoint.read_tensors(saved[-1])
-    step = json.loads((saved[-1] / "state.json").read_text())["step"]
+    step = step_of(saved[-1])
     torch.save({**content, "step": step, "config": dump(run.config)}, file)
     code = """
 import torch

@@ -12,6 +12,8 @@ from torch import nn
 
 from fastssl.methods import Method
 from fastssl.models import MaskedAutoencoderViT, VisionTransformer
+from fastssl.training import checkpoint
+from fastssl.training.checkpoint_files import step_of
 from fastssl.training.config import Config
 from fastssl.training.report import read_metrics
 from fastssl.training.trained import load_trained
@@ -23,7 +25,8 @@ class TrainedRun:
 
     method: in evaluation mode; `method.model` has the trained weights.
     image_size: (height, width) of the images that the exported model is for.
-    scores: the last line of the evaluation, {} where there was none; step: the last one written.
+    step: of the weights, None where nothing tells. scores: the last line of the evaluation until
+        then, {} where there was none.
     versions: what the run was started with, {} where that was not recorded.
     """
 
@@ -54,14 +57,18 @@ def open_run(folder: Path, image_size: int | None = None) -> TrainedRun:
     train, evals = read_metrics(folder / "metrics.jsonl")
     versions = folder / "versions.jsonl"
     lines = versions.read_text(encoding="utf-8").splitlines() if versions.is_file() else []
-    steps = [line["step"] for line in (*train, *evals)]
+    step = max((line["step"] for line in (*train, *evals)), default=None)
+    if not (folder / "weights.pth").is_file():
+        # Of a run that was interrupted, the newest checkpoint is what was loaded.
+        step = step_of(checkpoint.complete(folder / "checkpoints")[-1])
+    evals = [line for line in evals if step is None or line["step"] <= step]
     return TrainedRun(
         folder=folder,
         config=config,
         method=method.eval(),
         image_size=tuple(size) if isinstance(size, list) else (size, size),
         scores=evals[-1] if evals else {},
-        step=max(steps, default=None),
+        step=step,
         versions=json.loads(lines[-1]) if lines else {},
     )
 

@@ -12,7 +12,7 @@ from fastssl.export.card import Usage
 from fastssl.export.run import TrainedRun, backbone
 from fastssl.models import MaskedAutoencoderViT
 from fastssl.models.hub import CONFIG, WEIGHTS, save_tensors
-from fastssl.models.transformers_config import configuration
+from fastssl.models.transformers_config import POOLED, configuration
 from fastssl.models.transformers_keys import hiera_names, vit_names
 
 
@@ -33,10 +33,14 @@ def write_transformers(run: TrainedRun, folder: Path) -> Usage:
         config, notes = configuration(model), [f"The decoder was left out: {error}."]
     if (ratio := run.config.method.args.get("mask_ratio")) and "Pre" in config["architectures"][0]:
         config["mask_ratio"] = ratio
+    averages = run.averages_patches or getattr(model, "global_pool", "token") == "avg"
+    if averages and config["model_type"] in POOLED:
+        # Theirs do not pool; `from_pretrained` of fastssl does.
+        config["fastssl_global_pool"] = "avg"
+    code, more = _usage(config, averages)
     save_tensors(folder / WEIGHTS, _tensors(model, config))
     text = json.dumps(config, indent=2, sort_keys=True)
     (folder / CONFIG).write_text(f"{text}\n", encoding="utf-8")
-    code, more = _usage(config, run.averages_patches)
     return Usage("transformers", code, notes + more)
 
 
@@ -83,6 +87,8 @@ loss = model(images).loss
         name = "HieraModel"
     else:
         name = config["architectures"][0]
+        # A pooler is no part of what was pretrained.
+        options = ", add_pooling_layer=False" if kind == "vit" else ""
     prefix = 1 + config.get("num_register_tokens", 0)
     if kind == "hiera":
         features = "pooler_output"

@@ -97,6 +97,10 @@ def build_encoder(
         factory = import_named("model.name", name, "file.py:factory")
     elif name in models.FACTORIES:
         factory = getattr(models, name)
+        # torch's own error is a RuntimeError, as are others that must not be taken for this one.
+        for key, value in keywords.items():
+            if isinstance(value, int) and value < 0:
+                raise ValueError(f"model.args.{key} must not be negative, got {value}")
         if name.startswith(_CLASSIFIERS):
             keywords = {"num_classes": 0} | keywords
         for prefix, keyword in _SIZE_KEYWORDS.items():
@@ -108,7 +112,7 @@ def build_encoder(
         raise ValueError(f"model.name must be one of {names}, or file.py:factory, got {name!r}")
     try:
         return factory(**keywords)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"model.args do not fit {name}: {error}") from error
 
 
@@ -134,7 +138,11 @@ def construct(method: type[Method], name: str, setting: Setting, args: Mapping[s
             raise ValueError(
                 f"views.groups: the encoder does not take {view.size}: {error}"
             ) from error
-    return method(setting, **args)
+    try:
+        return method(setting, **args)
+    # A list where a number belongs, an encoder without blocks.
+    except (TypeError, IndexError) as error:
+        raise ValueError(f"method.args do not fit {name}: {error}") from error
 
 
 def _keywords(method: type[Method]) -> list[str]:

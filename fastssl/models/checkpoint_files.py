@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import pickle
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -70,7 +69,10 @@ def _read(path: Path) -> object:
     try:
         with torch.serialization.safe_globals(_HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    # A damaged file makes torch's reader raise nearly anything.
+    except Exception as error:
         more = _unsafe(path)
         reason = f"it holds {some(more)}, whose loading may run code" if more else error
         raise ValueError(

@@ -18,8 +18,10 @@ def norm_layer_of(norm_layer: Any) -> Any:
         return norm_layer
     name, _, eps = norm_layer.partition(":")
     try:
-        return partial(getattr(nn, name), eps=float(eps or _EPS))
-    except (AttributeError, ValueError):
+        kind = getattr(nn, name)
+        inspect.signature(kind).bind(1, eps=float(eps or _EPS))
+        return partial(kind, eps=float(eps or _EPS))
+    except (AttributeError, ValueError, TypeError):
         raise ValueError(
             f"norm_layer must be a name in torch.nn, or as LayerNorm:1e-5, got {norm_layer!r}"
         ) from None

@@ -68,6 +68,7 @@ def load_pretrained(
     checkpoint_key: str | None = None,
     old_grid: Grid | Mapping[str, Grid] | None = None,
     ignore_mismatched_sizes: bool = False,
+    quiet: bool = False,
 ) -> LoadReport:
     """Load the weights in `path` into `model` and report the keys that were missing or unexpected.
 
@@ -85,11 +86,12 @@ def load_pretrained(
             number of tokens agrees, else as square, with the model's frames. Another grid than
             the model's is resampled.
         ignore_mismatched_sizes: skip and report tensors of another shape, instead of raising.
+        quiet: leave it to the caller to say what was loaded, instead of logging it.
 
     Raises FileNotFoundError, IsADirectoryError, and ValueError for a file that is no checkpoint,
     of which nothing fits, or that the arguments above refuse. The model is then unchanged.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     target = model.state_dict()
     path, tensors = read_tensors(path, checkpoint_key)
     state, unused = _fit_keys(tensors, target)
@@ -115,7 +117,8 @@ def load_pretrained(
         difference = "; ".join(report.differences())
         raise ValueError(f"{path} is not exactly {type(model).__name__}: {difference}")
     model.load_state_dict(state, strict=False)
-    logger.log(logging.INFO if report.complete else logging.WARNING, "%s", report)
+    if not quiet:
+        logger.log(logging.INFO if report.complete else logging.WARNING, "%s", report)
     return report
 
 
@@ -143,7 +146,10 @@ def _fit_keys(
                 state = {key.removeprefix(prefix): state[key] for key in state if key in inside}
                 wrapped = True
     # dinov2 trained with block_chunks > 0: blocks.<chunk>.<block>., the block counted throughout.
-    state = {re.sub(r"\bblocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v for k, v in state.items()}
+    state = {
+        k if k in target else re.sub(r"\bblocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v
+        for k, v in state.items()
+    }
     others |= {key: tensor for key, tensor in state.items() if key not in target}
     return {key: tensor for key, tensor in state.items() if key in target}, others
 

@@ -33,6 +33,8 @@ ARCHITECTURES = {
     "dinov2_with_registers": "Dinov2WithRegistersModel",
     "vit_mae": "ViTMAEForPreTraining",
 }
+# Whose features are the class token's unless "fastssl_global_pool" of config.json says otherwise.
+POOLED = ("vit", "dinov2", "dinov2_with_registers")
 
 
 def configuration(model: nn.Module) -> Config:
@@ -130,6 +132,8 @@ def _typed(kind: str, config: Config) -> Config:
 def _masked_autoencoder_vit(model: nn.Module) -> Config:
     if model.mask_in_encoder:
         raise _no_place("a ViTMAE that was built with mask_in_encoder")
+    if len(set(model.grid_size)) > 1:
+        raise _no_place(f"a ViTMAE that is not square, got {model.grid_size} patches")
     num_pixels = math.prod(model.patch_size) * model.patch_embed.proj.in_channels
     if model.decoder_pred.out_features != num_pixels:
         raise _no_place("a ViTMAE that predicts something else than pixels")
@@ -232,7 +236,9 @@ def _vit_arguments(config: Mapping[str, Any], name: str) -> dict[str, Any]:
         }
     found["qkv_bias"] = config.get("qkv_bias", True)
     # Of a masked autoencoder the mean of the patches is what is judged.
-    found["global_pool"] = "avg" if kind == "vit_mae" else "token"
+    found["global_pool"] = config.get(
+        "fastssl_global_pool", "avg" if kind == "vit_mae" else "token"
+    )
     if is_dinov2:
         registers = config.get("num_register_tokens", 4) if kind != "dinov2" else 0
         found |= {

@@ -109,7 +109,10 @@ def official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         for first, others in _PARTS.items():
             if first in name:
-                tensor = torch.cat([tensor, *(tensors[name.replace(first, o)] for o in others)])
+                names = [name.replace(first, other) for other in others]
+                if missing := [other for other in names if other not in tensors]:
+                    raise ValueError(f"beside {name} of transformers there is no {missing[0]}")
+                tensor = torch.cat([tensor, *(tensors[other] for other in names)])
         out[_renamed(name, _VIT)] = tensor
     return out
 

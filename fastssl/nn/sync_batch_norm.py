@@ -133,9 +133,16 @@ class SyncBatchNorm(_BatchNorm):
             var = deviations / count.clamp(min=1)
         weight, bias = mean.new_ones(mean.shape), mean.new_zeros(mean.shape)
         if self.affine:
-            weight, bias = self.weight.to(wide), self.bias.to(wide)
+            weight, bias = self._affine(input)
         group = collectives.group_name(self.process_group)
         return _Normalize.apply(input, weight, bias, mean, var, count, self.eps, group)
+
+    def _affine(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias in the dtype of the statistics; FSDP2 may have gathered bfloat16."""
+        if not self.affine:
+            return None, None
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return self.weight.to(wide), self.bias.to(wide)
 
     def _forward_alone(self, x: Tensor) -> Tensor:
         uses_batch = self.training or self.running_mean is None
@@ -147,14 +154,14 @@ class SyncBatchNorm(_BatchNorm):
                 wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
                 mean, deviations, count = _combine(_local_statistics(wide)[None])
                 self._track(mean, deviations / (count - 1).clamp(min=1))
-            return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
+            return F.batch_norm(x, None, None, *self._affine(x), True, 0.0, self.eps)
         if tracks and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         running = (self.running_mean, self.running_var)
         if self.training and not self.track_running_stats:
             running = (None, None)
         momentum = 0.0 if self.momentum is None else self.momentum
-        return F.batch_norm(x, *running, self.weight, self.bias, uses_batch, momentum, self.eps)
+        return F.batch_norm(x, *running, *self._affine(x), uses_batch, momentum, self.eps)
 
     def _check_more_than_one(self, x: Tensor) -> None:
         if x.numel() // x.shape[1] == 1:

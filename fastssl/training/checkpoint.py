@@ -16,6 +16,7 @@ from the step. Tensors and JSON are all there is: nothing in a checkpoint is run
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -328,6 +329,13 @@ def save_weights(path: Path, model: nn.Module) -> None:
 
 def _write_weights(path: Path, weights: dict[str, Tensor]) -> None:
     writing = path.with_suffix(".writing")
-    with files.said_by_the_disk(), open(writing, "wb") as file:
-        torch.save({"model": weights}, file)
-    writing.rename(path)
+    try:
+        with files.said_by_the_disk(), open(writing, "wb") as file:
+            torch.save({"model": weights}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        writing.rename(path)
+    except OSError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+    finally:
+        writing.unlink(missing_ok=True)

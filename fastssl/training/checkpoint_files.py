@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def named(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [p for p in folder.iterdir() if p.is_dir() and _NAME.fullmatch(p.name)]
-    return sorted(found, key=_step_of)
+    return sorted(found, key=step_of)
 
 
 def complete(folder: Path) -> list[Path]:
@@ -56,7 +56,7 @@ def complete(folder: Path) -> list[Path]:
     return [path for path in named(folder) if (path / STATE).is_file()]
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
     return int(_NAME.fullmatch(path.name)[1])
 
 
@@ -159,13 +159,16 @@ def publish(writing: Path, final: Path, keep: int) -> None:
     if final.exists():
         shutil.rmtree(final)
     os.rename(writing, final)
-    _point_to(final)
     sync(final.parent)
+    # It is saved. What follows can be done without, as links where a file system has none.
+    with suppress(OSError):
+        _point_to(final)
     shutil.rmtree(_aside(final), ignore_errors=True)
     for old in complete(final.parent)[:-keep]:
         # Renamed first: half a removal must not look like a checkpoint.
         leaving = old.with_name(f"{old.name}.writing")
-        os.rename(old, leaving)
+        with suppress(OSError):
+            os.rename(old, leaving)
         # The next save removes what cannot be removed now.
         shutil.rmtree(leaving, ignore_errors=True)
 
@@ -191,12 +194,13 @@ def set_aside(folder: Path, step: int) -> list[Path]:
     than what it is going to save. Returns the new names."""
     moved = []
     for path in named(folder):
-        if _step_of(path) > step:
+        if step_of(path) > step:
             shutil.rmtree(_aside(path), ignore_errors=True)
             os.rename(path, _aside(path))
             moved.append(_aside(path))
     if moved and (folder / name_of(step)).is_dir():
-        _point_to(folder / name_of(step))
+        with suppress(OSError):
+            _point_to(folder / name_of(step))
     return moved
 
 

@@ -11,7 +11,7 @@ import pickle
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -36,7 +36,19 @@ _ALLOWED = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """The one in Python, whose steps can be looked at."""
+
+    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+
+    def load_build(self) -> None:
+        """Give an object its attributes; a class keeps its own, for all who use it."""
+        if isinstance(self.stack[-2], type) or not hasattr(self.stack[-2], "__dict__"):
+            raise pickle.UnpicklingError(f"it changes {self.stack[-2]}")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
+
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or (module, name) in _ALLOWED:
@@ -68,6 +80,8 @@ class CheckedReader(dcp.FileSystemReader):
 def _check(metadata: Metadata) -> None:
     _expect(metadata, Metadata)
     _expect(metadata.storage_meta, StorageMeta)
+    for parts in (metadata.state_dict_metadata, metadata.storage_data):
+        _expect(parts, dict)
     for item in metadata.state_dict_metadata.values():
         _expect(item, TensorStorageMetadata)
     for place in metadata.storage_data.values():

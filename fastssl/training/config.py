@@ -471,6 +471,11 @@ def check(config: Config) -> None:
     ):
         if value is not None and not 0 < value[0] <= value[1]:
             raise ValueError(f"{name} must be [min, max] with 0 < min <= max, got {value}")
+    if train.param_dtype == "bf16" and train.precision == "fp32":
+        raise ValueError(
+            "train.param_dtype=bf16 needs train.precision=bf16 or auto: only autocast brings "
+            "inputs to the parameters' dtype"
+        )
     if train.device_batch_size is not None and train.accumulation != 1:
         raise ValueError(
             "train.accumulation must be left out where train.device_batch_size is given, got "

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastssl import distributed
 from fastssl.data import Batch
+from fastssl.data.index import write_whole
 from fastssl.distributed import World
 from fastssl.evaluation import evaluate
 from fastssl.optim import clip_gradients, set_hyperparameters
@@ -18,7 +19,13 @@ from fastssl.training import checkpoint, loggers, messages, setup
 from fastssl.training.config import Config, check
 from fastssl.training.metrics import Clock, Log, Meter, peak_memory_mb
 from fastssl.training.profiler import profiling
-from fastssl.training.report import LiveReport, read_metrics, save_reconstructions, write_report
+from fastssl.training.report import (
+    LiveReport,
+    read_metrics,
+    read_skipped,
+    save_reconstructions,
+    write_report,
+)
 from fastssl.training.rng import preserved_rng_state
 from fastssl.training.run import keep_config, keep_versions, open_run, stop_on_signal
 from fastssl.training.throughput import Utilization
@@ -80,6 +87,7 @@ class Run:
         self.config, self.world = config, world
         self.accumulation = setup.accumulation(config, world)
         self.train_set, self.eval_sets = setup.datasets(config)
+        setup.check_alike(self.train_set, self.eval_sets)
         self.method, self.optimizer = setup.method_and_optimizer(config, world, self.train_set)
         self.example = setup.example_batch(config, self.train_set, self.eval_sets, world.device)
         distributed.on_main(lambda: loggers.require(config.log))
@@ -229,12 +237,12 @@ class Run:
         of_ranks = distributed.gather(self.loader.skipped)
         if not self.world.is_main:
             return
-        file = self.folder / "skipped.json"
         # A run that goes on keeps what it had met before.
-        skipped = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        skipped = read_skipped(self.folder)
         for of_rank in of_ranks:
             skipped |= of_rank
-        file.write_text(json.dumps(skipped, indent=1), encoding="utf-8")
+        text = json.dumps(skipped, indent=1).encode()
+        write_whole(self.folder / "skipped.json", lambda stream: stream.write(text))
         write_report(self.folder)
         lines = read_metrics(self.folder / "metrics.jsonl")
         print(messages.summary(self.config, self.folder, self.step, *lines, skipped), flush=True)
@@ -251,15 +259,15 @@ class Run:
         if not distributed.any_rank(not all_finite(self.method)):
             self.save()
             self.learn_outcome(wait=True)
+        self.record()
+        came = distributed.mean({name: value.double() for name, value in totals.items()})
+        reason = messages.non_finite(
+            self.step, self.bad_steps.in_a_row, came, self.folder, self.saved_step
+        )
         if self.world.is_main:
             with suppress(OSError):  # what ends the run is the sentence below
-                write_report(self.folder)
-        came = distributed.mean({name: value.double() for name, value in totals.items()})
-        raise NonFiniteError(
-            messages.non_finite(
-                self.step, self.bad_steps.in_a_row, came, self.folder, self.saved_step
-            )
-        )
+                write_report(self.folder, ended=reason)
+        raise NonFiniteError(reason)
 
     def _forward_backward(self, batch: Batch) -> dict[str, Tensor]:
         """Loss and what else the method tells of a micro-batch; gradients are added to."""
@@ -312,6 +320,9 @@ class Run:
         step = checkpoint.restore(path, self.method, self.optimizer, position=position)
         # Not before the checkpoint has been found to fit.
         said += distributed.on_main(lambda: checkpoint.set_aside(saved, step))
+        if step < self.config.train.steps:
+            # Else these would be taken for newer than the checkpoints to come.
+            distributed.on_main(lambda: (self.folder / "weights.pth").unlink(missing_ok=True))
         if self.world.is_main:
             print("\n".join(said), end="\n" * bool(said), flush=True)
         return step

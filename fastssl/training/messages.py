@@ -48,13 +48,14 @@ def non_finite(
     step: int, in_a_row: int, came: Mapping[str, float], folder: Path, saved_step: int
 ) -> str:
     """What to do about a loss that is not finite any more."""
-    good = f"step {saved_step} is saved and good" if saved_step else "nothing was saved yet"
+    # Finite parameters can be useless all the same.
+    good = f"step {saved_step} is saved and finite" if saved_step else "nothing was saved yet"
     values = ", ".join(f"{name} {value:g}" for name, value in came.items())
     return (
         f"not finite at step {step}: {values}. The {in_a_row} last steps were skipped; "
         f"{good}. Try a smaller schedules.lr.base, a longer schedules.lr.warmup_steps, "
         f"optim.clip_grad=1 or train.precision=fp32; with --resume the run {folder} goes on from "
-        "its last checkpoint"
+        "its last checkpoint, with --resume=FOLDER from an older one"
     )
 
 

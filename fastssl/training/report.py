@@ -74,19 +74,24 @@ def save_reconstructions(
     sheet.save(path, format="PNG")
 
 
-def write_report(run_dir: str | os.PathLike[str], *, reload_every: float = 0.0) -> Path:
+def write_report(
+    run_dir: str | os.PathLike[str], *, reload_every: float = 0.0, ended: str = ""
+) -> Path:
     """Write report.html into a run's folder, from what is there, and return its path.
 
     Reads metrics.jsonl (lines of kind "train" and "eval"), config.yaml, reconstructions.png and
     skipped.json ({path: reason}); each may be missing.
 
     reload_every: of a run that goes on, seconds after which a browser loads the page again; 0: not.
+    ended: why the run ended before its last step.
     """
     run_dir = Path(run_dir)
     train, evals = read_metrics(run_dir / "metrics.jsonl")
     parts = [f"<h1>{escape(run_dir.resolve().name)}</h1>"]
     if reload_every:
         parts.append("<p>The run goes on, and this page loads itself again.</p>")
+    if ended:
+        parts.append(f"<p><strong>The run ended early:</strong> {escape(ended)}</p>")
     parts += [_accuracy_table(evals), _training_table(train)]
     drawn = curves.draw(train, evals)
     if drawn:
@@ -96,9 +101,8 @@ def write_report(run_dir: str | os.PathLike[str], *, reload_every: float = 0.0) 
         data = base64.b64encode(picture.read_bytes()).decode()
         parts.append("<h2>Reconstructions</h2>")
         parts.append(f'<img alt="masked, predicted, true" src="data:image/png;base64,{data}">')
-    skipped = run_dir / "skipped.json"
-    if skipped.is_file():
-        parts.append(_skipped_table(json.loads(skipped.read_text(encoding="utf-8"))))
+    if (run_dir / "skipped.json").is_file():
+        parts.append(_skipped_table(read_skipped(run_dir)))
     config = run_dir / "config.yaml"
     if config.is_file():
         text = escape(config.read_text(encoding="utf-8"))
@@ -117,6 +121,14 @@ def write_report(run_dir: str | os.PathLike[str], *, reload_every: float = 0.0) 
     part.write_text(page, encoding="utf-8")
     os.replace(part, target)
     return target
+
+
+def read_skipped(run_dir: Path) -> dict[str, str]:
+    """{path: reason} of a run's broken files; {} where the list is missing or damaged."""
+    try:
+        return dict(json.loads((run_dir / "skipped.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 class LiveReport:
@@ -190,6 +202,7 @@ def _training_table(train: list[dict]) -> str:
         ("data_wait", "time waiting for data, median", median, "{:.1%}"),
         ("mfu", "MFU, median", median, "{:.1%}"),
         ("peak_memory_mb", "peak memory, MB", max, "{:.0f}"),
+        ("skipped_steps", "steps skipped, not finite", max, "{:.0f}"),
     ):
         values = [line[key] for line in train if key in line]
         if values:

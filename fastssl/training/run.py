@@ -17,6 +17,7 @@ import torch
 
 import fastssl
 from fastssl import distributed
+from fastssl.data.index import write_whole
 from fastssl.training.config import Config, dump
 
 
@@ -47,8 +48,9 @@ def _open(folder: Path, config: Config, resume: bool) -> None:
 
 def keep_config(config: Config, folder: Path) -> None:
     """Write the resolved configuration into the run's folder."""
-    text = dump(config)
-    distributed.on_main(lambda: (folder / "config.yaml").write_text(text, encoding="utf-8"))
+    text = dump(config).encode()
+    file = folder / "config.yaml"
+    distributed.on_main(lambda: write_whole(file, lambda stream: stream.write(text)))
 
 
 def keep_versions(folder: Path, step: int, data: str) -> None:

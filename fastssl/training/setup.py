@@ -61,6 +61,21 @@ def datasets(
     return train_set, labelled
 
 
+def check_alike(
+    train_set: PretrainingCrops, eval_sets: tuple[CropsDataset, CropsDataset] | None
+) -> None:
+    """ValueError on all ranks unless they found the same data: each looks for itself."""
+    found = (len(train_set), *(len(one) for one in eval_sets or ()), sorted(train_set.held_out))
+    of_ranks = distributed.gather(found)
+    for rank, other in enumerate(of_ranks):
+        if other != of_ranks[0]:
+            raise ValueError(
+                f"data must be the same on all ranks; {other[0]} samples and {len(other[-1])} "
+                f"pictures to judge by on rank {rank}, {of_ranks[0][0]} and {len(of_ranks[0][-1])} "
+                "on rank 0"
+            )
+
+
 def kinds_of_views(config: Config) -> tuple[View, ...]:
     """What the method asks for, with what the configuration changes of it."""
     views = config.views
@@ -116,6 +131,11 @@ def gathers_bf16(config: Config, device: torch.device) -> bool:
     """Whether sharded parameters are gathered in bf16 and computed with as such."""
     if config.train.param_dtype == "auto":
         return device.type != "cpu" and uses_bf16(config, device)
+    if config.train.param_dtype == "bf16" and not uses_bf16(config, device):
+        raise ValueError(
+            "train.param_dtype=bf16 needs train.precision=bf16: auto is fp32 on this "
+            f"{device.type}, which does not multiply in bf16"
+        )
     return config.train.param_dtype == "bf16"
 
 
@@ -214,7 +234,8 @@ def _whole_method(config: Config, world: World, train_set: PretrainingCrops) -> 
     def prepare(encoder: nn.Module) -> None:
         # The other ranks get the values from the first.
         if config.model.weights is not None and world.is_main:
-            loaded.append((encoder, load_pretrained(encoder, config.model.weights)))
+            report = load_pretrained(encoder, config.model.weights, quiet=True)
+            loaded.append((encoder, report))
         if config.train.grad_checkpointing:
             if not hasattr(encoder, "set_grad_checkpointing"):
                 raise ValueError(

@@ -32,7 +32,7 @@ def load_trained(folder: Path, image_size: int | None = None) -> tuple[Config, M
         config.views.image_size = image_size
     try:
         method = setup.method_of(config, num_samples=_num_samples(config.method.args))
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{folder / 'config.yaml'} must describe a method: {error}") from error
     if weights.is_file():
         load_pretrained(method.model, weights, strict=True)

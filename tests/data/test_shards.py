@@ -249,7 +249,23 @@ def test_a_shard_that_cannot_be_fetched(tmp_path, cache):
         ShardImages([f"pipe:cat {tmp_path}/missing.tar"], "x")
     with pytest.raises(OSError, match=r"cannot be fetched from nonsense://x: .*no gopen handler"):
         ShardImages(["nonsense://x"], "x")
-    assert not [file for file in (cache / "fetched").iterdir() if not file.suffix]
+    assert {file.suffix for file in (cache / "fetched").iterdir()} == {".lock"}
+
+
+def test_what_is_no_shard_is_fetched_anew_once_the_server_is_well(tmp_path, cache):
+    pytest.importorskip("webdataset")
+    folder = three_shards(tmp_path)
+    (tmp_path / "answer").write_bytes(b"<html>503</html>")
+    url = f"pipe:cat {tmp_path}/answer"
+    with pytest.raises(ValueError, match="must be whole, uncompressed tar shards; pipe:cat"):
+        ShardImages([url], url)
+    (tmp_path / "answer").write_bytes((folder / "000.tar").read_bytes())
+    assert len(ShardImages([url], url)) > 0
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(fetch, "_PAUSES", (0.0, 0.0))
 
 
 def test_a_shard_that_changed_behind_its_url_is_refused(tmp_path, cache):

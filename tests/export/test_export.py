@@ -12,6 +12,7 @@ from fastssl import cli_export, models
 from fastssl.export import open_run
 from fastssl.methods import Method
 from fastssl.training import loop
+from fastssl.training.loop import Run, train
 from tests.export.runs import features_by_card
 from tests.training.tiny import HIERA, make_images, saved_tensors, tiny_config
 
@@ -141,6 +142,28 @@ def test_interrupted_run_is_read_from_its_checkpoint(runs, tmp_path):
         open_run(copy)
 
 
+def test_a_run_that_went_on_and_died_is_read_from_its_newest_checkpoint(images, tmp_path):
+    """Not from the weights that were written when it was stopped before."""
+    words = ["train.steps=6", "checkpoint.every=2", "eval.max_images=0"]
+    folder = train(tiny_config(images, tmp_path, "train.steps=2", *words[1:]))
+    assert (folder / "weights.pth").is_file() and open_run(folder).step == 2
+    real = Run.train_step
+
+    def train_step(run):
+        if run.step == 5:
+            raise KeyError("the machine went away")
+        real(run)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(Run, "train_step", train_step)
+        train(tiny_config(images, tmp_path, *words), resume=True)
+    found = open_run(folder)
+    assert found.step == 4
+    kept = saved_tensors(folder / "checkpoints" / "step_00000004")
+    for key, tensor in found.model.state_dict().items():
+        assert torch.equal(kept[f"model.model.{key}"], tensor), key
+
+
 def test_errors_are_one_sentence_and_leave_nothing(runs, tmp_path, capsys):
     def fails(*words):
         assert export(*words) == 1
@@ -158,6 +181,10 @@ def test_errors_are_one_sentence_and_leave_nothing(runs, tmp_path, capsys):
         runs["mae"], "--format", "onnx", "--image-size", 0
     )
     assert "--format" in fails(runs["mae"])
+    # All formats or none.
+    assert "has no place for a Sequential" in fails(
+        runs["own"], "--format", "safetensors", "transformers", *out
+    )
     assert [*(tmp_path / "out").iterdir()] == []
     assert export(runs["mae"], "--format", "safetensors", *out) == 0
     capsys.readouterr()

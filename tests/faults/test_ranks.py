@@ -163,6 +163,42 @@ def free_port():
         return s.getsockname()[1]
 
 
+DIES_ONCE = '(folder / "died").exists() or ((folder / "died").touch(), os._exit(1))'
+
+
+@pytest.mark.slow
+def test_two_nodes_meet_and_outlive_a_rank(images, tmp_path):
+    """Two torchruns on one machine: what `docs/scaling.md` says to start on each node."""
+    more = ["train.steps=12", "eval.max_images=0"]
+    whole = tiny_config(images, tmp_path, *more, "name=whole")
+    assert torchrun(whole, tmp_path).wait(200) == 0
+    nodes = tiny_config(images, tmp_path, *more, "name=nodes")
+    (tmp_path / "worker.py").write_text(WORKER.format(what=DIES_ONCE))
+    (tmp_path / "nodes.yaml").write_text(dump(nodes))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=1"]
+    command += ["--local-addr=127.0.0.1", "--max-restarts=3", str(tmp_path / "worker.py")]
+    alike = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
+    agents = [
+        subprocess.Popen(
+            [*command, str(tmp_path), str(tmp_path / "nodes.yaml"), "--resume"],
+            cwd=REPOSITORY,
+            env={**os.environ, **alike, "PYTHONPATH": str(REPOSITORY)},
+            stdout=open(tmp_path / f"node_{node}", "w"),
+            stderr=subprocess.STDOUT,
+        )
+        for node in (0, 1)
+    ]
+    for node, agent in enumerate(agents):
+        assert agent.wait(200) == 0, (tmp_path / f"node_{node}").read_text()
+    said = (tmp_path / "node_0").read_text() + (tmp_path / "node_1").read_text()
+    assert (tmp_path / "died").exists() and "going on after step 4" in said
+    last = Path("checkpoints") / "step_00000012"
+    assert_same_tensors(
+        saved_tensors(tmp_path / "nodes" / last), saved_tensors(tmp_path / "whole" / last)
+    )
+
+
 def in_step_6(what, *args):
     """Go on with a run, in the sixth step of which something happens."""
     real = Run.train_step

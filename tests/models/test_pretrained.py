@@ -1,10 +1,12 @@
 """load_pretrained on synthetic files in the layouts that the official repositories release."""
 
 import argparse
+import io
 import logging
 import os
 import pathlib
 import pickle
+import random
 
 import pytest
 import torch
@@ -240,6 +242,44 @@ def test_weights_are_cast_to_the_models_dtype(tmp_path):
     load_pretrained(model, tmp_path / "half.pth")
     assert model.norm.weight.dtype == torch.float32
     assert torch.equal(model.norm.weight, source.norm.weight.half().float())
+
+
+def test_blocks_within_blocks_keep_their_names(tmp_path):
+    """As EfficientNets of timm have them; dinov2's chunks are another thing."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layers = [nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(2)]
+            self.blocks = nn.Sequential(*layers)
+
+    source, model = Net(), Net()
+    torch.save(source.state_dict(), tmp_path / "net.pth")
+    assert load_pretrained(model, tmp_path / "net.pth", strict=True).complete
+    for key, tensor in source.state_dict().items():
+        assert torch.equal(model.state_dict()[key], tensor)
+
+
+def test_damaged_files_are_refused_in_words(tmp_path):
+    model, draw = nn.Linear(3, 4), random.Random(0)
+    contents = []
+    for options in ({}, {"_use_new_zipfile_serialization": False}):
+        stream = io.BytesIO()
+        torch.save({"model": model.state_dict()}, stream, **options)
+        contents.append(stream.getvalue())
+    read = 0
+    for trial in range(300):
+        content = bytearray(draw.choice(contents))
+        for _ in range(draw.randint(1, 8)):
+            content[draw.randrange(len(content))] = draw.randrange(256)
+        path = tmp_path / "damaged.pth"
+        path.write_bytes(content[: draw.choice([len(content), draw.randrange(len(content))])])
+        try:
+            load_pretrained(nn.Linear(3, 4), path)
+            read += 1
+        except (ValueError, OSError) as error:
+            assert len(str(error).split()) > 3, trial
+    assert read < 250
 
 
 def test_file_of_which_nothing_fits(tmp_path):

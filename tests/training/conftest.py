@@ -14,4 +14,4 @@ def images(tmp_path_factory):
 @pytest.fixture
 def no_report(monkeypatch):
     """The report takes longer than the run; test_cli has it."""
-    monkeypatch.setattr(loop, "write_report", lambda folder: None)
+    monkeypatch.setattr(loop, "write_report", lambda folder, **_: None)

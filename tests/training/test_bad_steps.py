@@ -64,7 +64,7 @@ def test_many_bad_steps_in_a_row_stop_the_run(images, tmp_path, monkeypatch):
         train(tiny_config(images, tmp_path, "train.max_bad_steps=2", "log.every=100"))
     for part in (
         "not finite at step 5: loss nan, grad_norm nan. The 2 last steps were skipped; step 5 is "
-        "saved and good",
+        "saved and finite",
         "--resume",
         "schedules.lr",
     ):
@@ -77,7 +77,7 @@ def test_many_bad_steps_in_a_row_stop_the_run(images, tmp_path, monkeypatch):
 
 def test_parameters_that_are_not_finite_are_not_saved(images, tmp_path, monkeypatch):
     spoil(monkeypatch, "parameters", {4})
-    with pytest.raises(NonFiniteError, match="step 2 is saved and good"):
+    with pytest.raises(NonFiniteError, match="step 2 is saved and finite"):
         train(tiny_config(images, tmp_path, "train.max_bad_steps=3", "checkpoint.every=2"))
     saved = checkpoint.complete(tmp_path / "tiny" / "checkpoints")
     assert [path.name for path in saved] == ["step_00000002"]

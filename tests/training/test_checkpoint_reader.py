@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, StorageMeta
 
 from fastssl.training import checkpoint
 from tests.training.test_checkpoint import POSITION, make, save, state
@@ -105,6 +105,25 @@ def test_a_transformation(saved):
     next(iter(metadata.storage_data.values())).transform_descriptors = ["zstd"]
     describe(saved, metadata)
     assert_refused(saved, "it points to __0_0.distcp .'zstd'.")
+
+
+def test_classes_keep_their_attributes(saved):
+    """BUILD of a class: cloudpickle's way to define one, and here one for all who use it."""
+    module, name = StorageMeta.__module__, StorageMeta.__qualname__
+    content = pickle.PROTO + b"\x02" + pickle.GLOBAL + f"{module}\n{name}\n".encode()
+    content += pickle.EMPTY_DICT + pickle.BINUNICODE + b"\x04\x00\x00\x00mark"
+    content += pickle.NEWTRUE + pickle.SETITEM + pickle.BUILD + pickle.STOP
+    (saved / ".metadata").write_bytes(content)
+    assert_refused(saved, "it changes <class .*StorageMeta")
+    assert not hasattr(StorageMeta, "mark")
+
+
+@pytest.mark.parametrize("part", ["state_dict_metadata", "storage_data"])
+def test_what_looks_like_a_dict(saved, part):
+    metadata = described(saved)
+    setattr(metadata, part, torch.Size([1]))
+    describe(saved, metadata)
+    assert_refused(saved, "dict was expected, Size came")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Runs that go on: from the newest whole checkpoint, or from one that is named."""
 
+import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -44,6 +46,26 @@ def test_a_damaged_checkpoint_is_skipped_and_written_again(run, capsys):
     assert checkpoint.newest(saved) == (saved / "step_00000006", [])
     assert_same_tensors(saved_tensors(saved / "step_00000006"), expected)
     assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")[0]] == [*range(1, 7)]
+
+
+def test_what_a_run_only_tells_people_may_be_damaged(run):
+    config, folder = run
+    (folder / "skipped.json").write_text("")
+    train(config, resume=True)
+    assert json.loads((folder / "skipped.json").read_text()) == {}
+
+
+def test_a_disk_that_is_full_leaves_the_configuration_alone(run, monkeypatch):
+    config, folder = run
+    before = (folder / "config.yaml").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(config, resume=True)
+    assert (folder / "config.yaml").read_bytes() == before
 
 
 def test_damaged_checkpoints_do_not_push_out_good_ones(images, tmp_path):

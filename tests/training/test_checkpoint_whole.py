@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 
 import pytest
@@ -88,6 +89,17 @@ def test_without_a_whole_one_nothing_starts_from_the_beginning(saved):
     for part in ("step_00000004: __0_0.distcp has", "step_00000002: __0_0.distcp is missing"):
         assert part in str(error.value)
     assert "overwrite=true without --resume starts anew" in str(error.value)
+
+
+def test_where_links_cannot_be_made_checkpoints_are_saved_and_let_go(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "symlink", refused)
+    for number in (2, 4, 6):
+        save(tmp_path, number, *make())
+    names = [path.name for path in checkpoint.complete(tmp_path)]
+    assert names == ["step_00000004", "step_00000006"]
 
 
 def test_no_checkpoints_are_no_error(tmp_path):

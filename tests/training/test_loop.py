@@ -15,7 +15,9 @@ from fastssl.training import checkpoint, loop, setup
 from fastssl.training.config import load
 from fastssl.training.loop import Run, train
 from tests.training.tiny import (
+    DINO,
     HIERA,
+    VIT,
     assert_same_tensors,
     make_images,
     saved_tensors,
@@ -197,6 +199,27 @@ def test_two_ranks_go_on_with_what_one_saved(
     ours = saved_tensors(tmp_path / "tiny" / last)
     for name, tensor in saved_tensors(uninterrupted / last).items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["mae", "dino"])
+def test_a_run_goes_on_from_two_ranks_to_two_copies_of_two_to_one(
+    gloo_pool, images, tmp_path, method
+):
+    model = {"mae": VIT, "dino": DINO}[method]
+    whole = tiny_config(images, tmp_path, "name=whole", model=model)
+    gloo_pool.run(train_in_ranks, 1, whole, False, 0)
+    for ranks, shard_ranks, stop_at in ((2, 0, 2), (4, 2, 4), (1, 0, 0)):
+        config = tiny_config(images, tmp_path, f"train.shard_ranks={shard_ranks}", model=model)
+        gloo_pool.run(train_in_ranks, ranks, config, stop_at > 2 or not stop_at, stop_at)
+        saved = checkpoint.complete(tmp_path / "tiny" / "checkpoints")[-1]
+        assert saved.name == f"step_{stop_at or 6:08d}"
+        assert len([*saved.glob("rank_*.json")]) == ranks
+    expected = saved_tensors(tmp_path / "whole/checkpoints/step_00000006")
+    got = saved_tensors(saved)
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_a_finished_run_that_is_resumed_stays_as_it_is(images, tmp_path):

@@ -156,12 +156,23 @@ def test_the_page_of_a_run_shows_pictures_and_curves(images, tmp_path):
     assert "http-equiv" not in dict(page.attributes) and "The run goes on" not in page.words
 
 
-def test_a_run_that_ends_by_an_error_leaves_a_page_that_stays(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(Run, "_forward_backward", lambda run, batch: {"loss": torch.tensor(nan)})
-    config = tiny_config(images, tmp_path, "train.max_bad_steps=2", "eval.max_images=0")
-    with pytest.raises(NonFiniteError):
-        train(config)
+def test_the_page_of_a_hopeless_run_stays_and_says_why_it_ended(images, tmp_path, monkeypatch):
+    real = Run._forward_backward
+
+    def spoiled(run, batch):
+        outputs = real(run, batch)
+        return outputs if run.step < 2 else {"loss": torch.tensor(nan)}
+
+    monkeypatch.setattr(Run, "_forward_backward", spoiled)
+    # The lines of a long log would come later than the end.
+    more = ["train.max_bad_steps=3", "log.every=2", "checkpoint.every=0", "eval.max_images=0"]
+    with pytest.raises(NonFiniteError) as error:
+        train(tiny_config(images, tmp_path, *more))
     page = Page((tmp_path / "tiny" / "report.html").read_text(encoding="utf-8"))
+    assert f"The run ended early: {error.value}" in page.words
+    assert "not finite at step 5: loss nan" in page.words
+    assert "steps 5" in page.words and "steps skipped, not finite 3" in page.words
+    assert ("id", "train-loss") in page.attributes
     assert "http-equiv" not in dict(page.attributes)
 
 

@@ -6,14 +6,17 @@ import os
 import re
 import shutil
 import subprocess
+from math import nan
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from fastssl.training.loop import train
+from fastssl.training.loop import Run, train
 from fastssl.training.report import write_report
+from fastssl.training.watch import NonFiniteError
 from tests.training.tiny import tiny_config
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -25,6 +28,7 @@ PROBE = """<script>addEventListener("load", () => {
   document.title = "images " + of("img", e => e.naturalWidth + "x" + e.naturalHeight)
     + "; curves " + of("svg [id^=train-] path, svg [id^=eval-] path",
         e => e.closest("[id^=train-],[id^=eval-]").id + ":" + size(e))
+    + "; bold " + of("p strong", e => e.innerText.replaceAll(" ", "_") + size(e))
     + "; reloads " + document.querySelectorAll("meta[http-equiv=refresh]").length;
 })</script>"""
 
@@ -40,6 +44,9 @@ def browser():
     def run(page: Path, *options: str) -> str:
         profile = page.parent / "profile"
         command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+        # Of the network it needs nothing.
+        command += ["--disable-quic", "--no-first-run", "--disable-background-networking"]
+        command += ["--disable-component-update", "--disable-sync"]
         command += [f"--user-data-dir={profile}", f"--window-size={WIDTH},{HEIGHT}", *options]
         done = subprocess.run(
             [*command, page.absolute().as_uri()], capture_output=True, text=True, timeout=120
@@ -74,7 +81,25 @@ def test_pictures_and_curves_are_shown(browser, folder):
         widths[name] = max(widths.get(name, 0.0), float(width))
     assert {"train-loss", "train-lr", "train-images_per_second", "eval-knn"} <= widths.keys()
     assert min(widths.values()) > 100, "pixels"
-    assert seen["reloads"] == ["0"]
+    assert seen["reloads"] == ["0"] and seen["bold"] == []
+
+
+def test_of_a_hopeless_run_curves_and_the_end_are_shown(browser, images, tmp_path, monkeypatch):
+    real = Run._forward_backward
+
+    def spoiled(run, batch):
+        outputs = real(run, batch)
+        return outputs if run.step < 3 else {"loss": torch.tensor(nan)}
+
+    monkeypatch.setattr(Run, "_forward_backward", spoiled)
+    with pytest.raises(NonFiniteError):
+        train(tiny_config(images, tmp_path, "train.max_bad_steps=2"))
+    seen = seen_by(browser, tmp_path / "tiny" / "report.html")
+    (bold,) = seen["bold"]
+    text, width = bold.split(":")
+    assert text == "The_run_ended_early" and float(width) > 50, "pixels"
+    assert any(curve.startswith("train-loss:") for curve in seen["curves"])
+    assert len(seen["images"]) == 1 and seen["reloads"] == ["0"]
 
 
 def test_the_page_is_not_blank(browser, folder, tmp_path):

@@ -96,7 +96,9 @@ def test_dinov2_backbone_at_another_resolution(images, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("model", [VIT, HIERA], ids=["mae", "hiera"])
-def test_encoder_of_a_masked_autoencoder_gets_a_new_decoder(model, images, tmp_path, capsys):
+def test_encoder_of_a_masked_autoencoder_gets_a_new_decoder(
+    model, images, tmp_path, capsys, caplog
+):
     config = tiny_config(images, tmp_path, "seed=1", model=model)
     source = start(config).model
     encoder = {k: t for k, t in source.state_dict().items() if "decoder" not in k}
@@ -111,6 +113,7 @@ def test_encoder_of_a_masked_autoencoder_gets_a_new_decoder(model, images, tmp_p
         "not in the file, as initialised: mask_token, decoder_pos_embed, decoder_embed (2)" in said
     )
     assert "new in method" not in said
+    assert caplog.records == [], "the run says it, and once"
 
 
 def test_projector_of_another_method_is_new(images, tmp_path, capsys):

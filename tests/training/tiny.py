@@ -27,6 +27,11 @@ HIERA = [
     "views.image_size=64",
     "method={name: hiera_mae, args: {mask_ratio: 0.5}}",
 ]
+DINO = [
+    "model={name: VisionTransformer, args: {patch_size: 4, embed_dim: 16, depth: 2, num_heads: 2}}",
+    "views={image_size: 16, groups: [{number: 2}, {number: 1, size: 8}]}",
+    "method={name: dino, args: {out_dim: 16, hidden_dim: 16, bottleneck_dim: 8}}",
+]
 
 
 def make_images(folder: Path, number: int = 4) -> Path:
