@@ -45,10 +45,15 @@ def table(rows: Sequence[Row]) -> str:
     for conditions in dict.fromkeys(_conditions(row) for row in rows):
         same = [row for row in rows if _conditions(row) == conditions]
         ops = [row for row in same if "images_per_s" not in row]
-        steps = [row for row in same if "images_per_s" in row]
+        speeds = [row for row in same if "images_per_s" in row]
+        # Those of an op are of images on their way in.
+        steps = [row for row in speeds if row["backend"] is None]
+        views = [row for row in speeds if row["backend"] is not None]
         parts.append(conditions)
         if steps:
             parts.append(_steps_table(steps))
+        if views:
+            parts.append(_views_table(views))
         if ops:
             parts.append(_ops_table(ops))
     return "".join(f"{part}\n\n" for part in parts).removesuffix("\n")
@@ -107,6 +112,20 @@ def _steps_table(rows: Sequence[Row]) -> str:
 def _rival(row: Row) -> str | None:
     """Whom a step stands beside: transformers, or code written as published."""
     return next((name for name in row["images_per_s"] if not name.startswith("fastssl")), None)
+
+
+def _views_table(rows: Sequence[Row]) -> str:
+    lines = [
+        "| views | shape | backend | images/s | over Pillow and ops per image | over kornia "
+        "| over eager formulas |",
+        "|---|---|---|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        cells = [f"`{row['case']}`", row["shape"], row["backend"]]
+        cells.append(_number(row["images_per_s"]["fastssl"]))
+        cells += [_ratio(row["ratios"].get(name)) for name in ("pillow", "kornia", "eager")]
+        lines.append(_line(cells))
+    return "\n".join(lines)
 
 
 def _ops_table(rows: Sequence[Row]) -> str:

@@ -36,7 +36,8 @@ from fastssl.kernels.sinkhorn_knopp import sinkhorn_knopp
 from fastssl.kernels.vicreg import vicreg
 
 # What a keyed random number is for: each use draws from a stream of its own.
-STREAM_MASK, STREAM_CROP, STREAM_SHUFFLE, STREAM_EVAL, STREAM_REGION, STREAM_METHOD = range(6)
+STREAM_MASK, STREAM_CROP, STREAM_SHUFFLE, STREAM_EVAL = range(4)
+STREAM_REGION, STREAM_METHOD, STREAM_TIME = range(4, 7)
 
 __all__ = [
     "STREAM_CROP",
@@ -45,6 +46,7 @@ __all__ = [
     "STREAM_METHOD",
     "STREAM_REGION",
     "STREAM_SHUFFLE",
+    "STREAM_TIME",
     "add_layer_norm",
     "augment_views",
     "barlow_twins",

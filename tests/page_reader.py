@@ -22,7 +22,7 @@ import pytest
 import torch
 from torch.distributed.run import get_args_parser
 
-from fastssl import cli, cli_embed, cli_eval, cli_export, info
+from fastssl import cli, cli_data, cli_embed, cli_eval, cli_export, info
 from fastssl.distributed import World
 from fastssl.training import config, loop, recipes, setup
 
@@ -221,6 +221,7 @@ RULES = {
     "fastssl-eval": main_of(cli_eval),
     "fastssl-embed": main_of(cli_embed),
     "fastssl-export": main_of(cli_export),
+    "fastssl-data": main_of(cli_data),
     "python": python,
     "export": lambda words, patch: None,
     **NOT_RUN,

@@ -189,7 +189,8 @@ def make_step_row() -> dict[str, object]:
 
 
 def test_table_from_rows():
-    text = report.table([make_row("op/float32"), make_step_row()])
+    step = make_step_row() | {"backend": None}
+    text = report.table([make_row("op/float32"), step])
     assert "A CPU, 2 threads; torch 2.13.0; commit abc, 2026-01-02:" in text
     assert (
         "| `op/float32` forward | B=64 | cpp | 1 (0.9, 1.25) | 4.00x | 3.00x |  | 80% | 0.1, 2.5 |"
@@ -197,9 +198,12 @@ def test_table_from_rows():
     assert "| `mae_step/step` | B=64, float32 | 12 | 8 | 1.50x | 16 |  |  | 25% |" in text
     assert "| images/s eager | transformers | ratio |" in text
     speed = {"as published": 6.0, "fastssl": 12.0}
-    text = report.table([make_step_row(), make_step_row() | {"images_per_s": speed}])
+    text = report.table([step, step | {"images_per_s": speed}])
     assert "| images/s eager | transformers or as published | ratio |" in text
     assert "| B=64, float32 | 12 | 6 | 1.50x |  |  |  | 25% |" in text
+    ratios = {"pillow": 3.0, "kornia": 2.0, "eager": 9.0}
+    views = make_step_row() | {"case": "views", "backend": "cpp", "ratios": ratios}
+    assert "| `views` | B=64 | cpp | 12 | 3.00x | 2.00x | 9.00x |" in report.table([views])
     assert report.table([]) == ""
     other = make_row("op/float32", machine={"cpu": "B", "cores": 4, "threads": 4, "gpu": "A GPU"})
     assert report.table([make_row("op/float32"), other]).count("commit abc") == 2

@@ -18,7 +18,10 @@ FLOORS = [
     ["fastssl.evaluation"],
     ["fastssl.training"],
     ["fastssl.export"],
-    ["fastssl.cli", "fastssl.cli_embed", "fastssl.cli_eval", "fastssl.cli_export", "fastssl.info"],
+    [
+        *("fastssl.cli", "fastssl.cli_data", "fastssl.cli_embed", "fastssl.cli_eval"),
+        *("fastssl.cli_export", "fastssl.info"),
+    ],
 ]
 
 

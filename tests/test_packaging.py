@@ -101,6 +101,7 @@ def test_wheel_from_the_sdist_imports_and_computes(unpacked, empty_environment, 
         "fastssl-train": "fastssl.cli:main",
         "fastssl-eval": "fastssl.cli_eval:main",
         "fastssl-embed": "fastssl.cli_embed:main",
+        "fastssl-data": "fastssl.cli_data:main",
         "fastssl-export": "fastssl.cli_export:main",
     }
     assert not [name for name in names if name.startswith(("kernels/", "csrc/", "tests/"))]

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from fastssl import cli_embed, cli_eval, cli_export, functional, kernels
+from fastssl import cli_data, cli_embed, cli_eval, cli_export, functional, kernels
 from fastssl.kernels.common import dispatch
 from fastssl.methods import METHODS, Method
 from fastssl.training import config, recipes
@@ -200,6 +200,7 @@ WRITTEN: Mapping[str, Callable[[], str]] = {
 FILLED_IN: Mapping[str, Callable[[], str]] = {
     "keys": keys,
     "kernels": kernel_docs,
+    "fastssl-data": help_of(cli_data),
     "fastssl-eval": help_of(cli_eval),
     "fastssl-embed": help_of(cli_embed),
     "fastssl-export": help_of(cli_export),

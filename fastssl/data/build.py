@@ -12,6 +12,7 @@ from fastssl.data.fetch import is_url
 from fastssl.data.folder import ImageFiles, find_images
 from fastssl.data.hub import PREFIX, HubImages
 from fastssl.data.labelled import build_labelled
+from fastssl.data.packed import PackedImages, is_pack
 from fastssl.data.photos import list_photos
 from fastssl.data.pictures import Pictures
 from fastssl.data.shards import ShardImages, find_shards
@@ -46,7 +47,8 @@ def build_datasets(
 
     Args:
         data: "photos"; a folder of images at any depth; tar shards, see `ShardImages`: a folder of
-            nothing else, a path or a URL, in which {000..099} and {a,b} are expanded; hf:..., see
+            nothing else, a path or a URL, in which {000..099} and {a,b} are expanded; what
+            `fastssl-data pack` wrote; hf:..., see
             `HubImages`; or "digits": scikit-learn's, but for those that `build_labelled` holds out;
             without evaluation datasets, since halves of digits tell nothing.
         image_size: side, or (height, width), of a crop for evaluation in pixels.
@@ -90,7 +92,7 @@ def build_datasets(
             *((view.size, smallest * view.scale[0]) for view in views),
         ]
     )
-    files = _pictures(data, shortest_side, shard_window)
+    files = open_pictures(data, shortest_side, shard_window)
     files.read_or_next(0)
 
     positions = _evaluated(files, max_eval_images)
@@ -117,10 +119,13 @@ def build_datasets(
     return train, (learn, test)
 
 
-def _pictures(data: str, shortest_side: int, shard_window: int) -> Pictures:
+def open_pictures(data: str, shortest_side: int | None = None, shard_window: int = 0) -> Pictures:
+    """The pictures that `data` names, for which see `build_datasets`."""
     shards = None
     if data == "photos":
         return ImageFiles(*list_photos(), shortest_side)
+    if is_pack(data):
+        return PackedImages(data, shard_window)
     if not data.startswith(PREFIX) or is_url(data):
         shards = find_shards(data)
     if shards is not None:

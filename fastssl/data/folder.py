@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,9 @@ _WORTH_KEEPING = 10_000
 # A folder that changed within this time may change again under the same time stamp.
 _SETTLED_NS = 2 * 10**9
 
+# For messages.
+_WELL_KNOWN = (".jpg", ".png", ".webp", ".tif", ".mp4", ".mkv", ".webm", ".wav", ".flac", ".mp3")
+
 
 def list_images(data: str | os.PathLike[str]) -> tuple[Path, list[str], dict[str, str]]:
     """`find_images` with the files as a list of strings, for what is done to each of them."""
@@ -26,7 +29,14 @@ def list_images(data: str | os.PathLike[str]) -> tuple[Path, list[str], dict[str
 
 
 def find_images(data: str | os.PathLike[str]) -> tuple[Path, Names, dict[str, str]]:
-    """Every image file below a folder, by its extension in any case, at any depth.
+    """`find_files` of images."""
+    return find_files(data, "image", image_extensions(), "'photos' or a folder of images")
+
+
+def find_files(
+    data: str | os.PathLike[str], kind: str, extensions: Collection[str], wanted: str
+) -> tuple[Path, Names, dict[str, str]]:
+    """Every file of a kind below a folder, by its extension in any case, at any depth.
 
     Hidden files and folders are left out. Links are followed; a folder reached twice is read once.
     A long list is kept in the cache and read from there as long as no folder's time of change is
@@ -36,24 +46,27 @@ def find_images(data: str | os.PathLike[str]) -> tuple[Path, Names, dict[str, st
         The folder; the files relative to it, sorted; {path: reason} of the subfolders that cannot
         be listed.
 
+    kind, extensions: what the files are called, and lower-case with the dot. wanted: in messages.
+
     Raises:
-        ValueError: `data` does not exist, is not a folder, or holds no image file.
+        ValueError: `data` does not exist, is not a folder, or holds no such file.
     """
     root = Path(data).expanduser()
     if not root.exists():
-        raise ValueError(f"data must be 'photos' or a folder of images; {root} does not exist")
+        raise ValueError(f"data must be {wanted}; {root} does not exist")
     if not root.is_dir():
-        raise ValueError(f"data must be 'photos' or a folder of images; {root} is a file")
-    kept = cache_file("folders", os.path.realpath(root))
+        raise ValueError(f"data must be {wanted}; {root} is a file")
+    kept = cache_file("folders", os.path.realpath(root), *([] if kind == "image" else [kind]))
     names = _kept(root, kept)
     if names is not None:
         return root, names, {}
     start = time.time_ns()
-    files, folders, unreadable = _walk(root)
+    files, folders, unreadable = _walk(root, kind, extensions)
     if not files:
+        examples = ", ".join([e for e in _WELL_KNOWN if e in extensions] or sorted(extensions))
         raise ValueError(
-            f"data must be a folder with at least one image file; {root} has none "
-            f"(looked for {len(image_extensions())} extensions such as .jpg, .png, .webp, .tif)"
+            f"data must be a folder with at least one {kind} file; {root} has none "
+            f"(looked for {len(extensions)} extensions such as {examples})"
         )
     names = Names.of(sorted(files))
     settled = max(folders.values()) < start - _SETTLED_NS
@@ -62,20 +75,21 @@ def find_images(data: str | os.PathLike[str]) -> tuple[Path, Names, dict[str, st
     return root, names, unreadable
 
 
-def _walk(root: Path) -> tuple[list[str], dict[str, int], dict[str, str]]:
+def _walk(
+    root: Path, kind: str, extensions: Collection[str]
+) -> tuple[list[str], dict[str, int], dict[str, str]]:
     """The files; {folder: its time of change in ns}, both relative to root; what is unreadable.
 
     The kind of an entry comes with its folder's list; only links cost a look of their own.
     """
     from tqdm import tqdm
 
-    extensions = image_extensions()
     files: list[str] = []
     folders: dict[str, int] = {}
     unreadable: dict[str, str] = {}
     seen: set[tuple[int, int]] = set()
     stack = [""]
-    with tqdm(unit=" images", desc=f"listing {root}", delay=2, disable=None) as bar:
+    with tqdm(unit=f" {kind} files", desc=f"listing {root}", delay=2, disable=None) as bar:
         while stack:
             prefix = stack.pop()
             folder = root / prefix

@@ -20,6 +20,7 @@ from fastssl.data.crops import Request, whole
 from fastssl.data.decode import BrokenImage, Pixels
 from fastssl.data.digits import Digits
 from fastssl.data.folder import ImageFiles, list_images
+from fastssl.data.packed import is_pack
 from fastssl.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Box
 from fastssl.data.views import View, see_through
 
@@ -186,6 +187,11 @@ def build_labelled(
     if not folder.is_dir():
         wrong = "is a file" if folder.exists() else "does not exist"
         raise ValueError(f"data must be 'digits' or a folder of class folders; {folder} {wrong}")
+    if is_pack(folder):
+        raise ValueError(
+            "data must be the folder of class folders itself where labels are wanted; "
+            f"{folder} was made by fastssl-data pack"
+        )
     root, files, unreadable = list_images(folder)
     tops = {PurePath(file).parts[0] for file in files if len(PurePath(file).parts) > 1}
     judged = next((name for name in _JUDGED if name in tops), None)

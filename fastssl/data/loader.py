@@ -188,7 +188,11 @@ class Loader:
     def _views(self, batch: Batch) -> tuple[Tensor, ...]:
         if batch.decoded is not None:
             return make_views(batch.decoded, mean=self.mean, std=self.std)
-        return tuple(normalize(view, self.mean, self.std) for view in batch.views)
+        # What is no picture comes as it is to be.
+        return tuple(
+            normalize(view, self.mean, self.std) if view.dtype == torch.uint8 else view
+            for view in batch.views
+        )
 
     def _end(self) -> None:
         """Let the workers go."""

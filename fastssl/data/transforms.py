@@ -76,8 +76,8 @@ class RandomResizedCrop:
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 [B, 3, H, W] -> float32, (x / 255 - mean) / std per channel."""
-    shape = (1, len(mean), 1, 1)
+    """uint8 [B, 3, ...] -> float32, (x / 255 - mean) / std per channel."""
+    shape = (1, len(mean), *[1] * (images.dim() - 2))
     shift = torch.tensor(mean, device=images.device).reshape(shape) * 255
     spread = torch.tensor(std, device=images.device).reshape(shape) * 255
     return images.to(torch.float32, memory_format=torch.contiguous_format).sub(shift).div_(spread)

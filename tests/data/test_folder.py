@@ -189,7 +189,7 @@ def settle(root, ago=60.0):
 def walks(monkeypatch):
     """The folders that were walked through."""
     walked, real = [], folder._walk
-    monkeypatch.setattr(folder, "_walk", lambda root: walked.append(root) or real(root))
+    monkeypatch.setattr(folder, "_walk", lambda *args: walked.append(args[0]) or real(*args))
     return walked
 
 
