@@ -58,6 +58,9 @@ def train(config: Config, *, resume: bool | Path = False, profile: bool = False)
             closing(run.checkpoints),
             profiling(profile, run.folder, world, run.log.say) as step_is_made,
         ):
+            if isinstance(resume, Path) and run.folder.resolve() not in resume.resolve().parents:
+                # Of another run: from here on --resume alone finds where this one began.
+                run.save()
             while not stop():
                 run.learn_outcome()
                 if run.evaluation_is_due():

@@ -10,7 +10,7 @@ import pytest
 from fastssl import cli
 from fastssl.training import checkpoint
 from fastssl.training.config import dump
-from fastssl.training.loop import train
+from fastssl.training.loop import Run, train
 from fastssl.training.report import read_metrics
 from tests.training.test_checkpoint_whole import damage
 from tests.training.tiny import assert_same_tensors, saved_tensors, tiny_config
@@ -106,10 +106,30 @@ def test_a_run_begins_from_a_checkpoint_of_another(run, images, tmp_path):
     before = names(folder)
     other = tiny_config(images, tmp_path, "name=other", "checkpoint.keep=3")
     fork = train(other, resume=folder / "checkpoints" / "step_00000002")
-    assert names(fork) == ["latest", "step_00000004", "step_00000006"] and names(folder) == before
+    own = [f"step_0000000{step}" for step in (2, 4, 6)]
+    assert names(fork) == ["latest", *own] and names(folder) == before
     assert_same_tensors(
         *(saved_tensors(path / "checkpoints/step_00000006") for path in (fork, folder))
     )
+
+
+def test_a_run_from_another_ones_checkpoint_is_gone_on_with(run, images, tmp_path, monkeypatch):
+    """Though it dies before it has saved a step of its own."""
+    _, folder = run
+    more = ["name=other", "train.steps=8", "checkpoint.every=0", "schedules.lr.base=0.01"]
+    other = tiny_config(images, tmp_path, *more)
+
+    def dies(run):
+        raise KeyError("the machine went away")
+
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(Run, "train_step", dies)
+        train(other, resume=folder / "checkpoints" / "step_00000004")
+    assert names(tmp_path / "other") == ["latest", "step_00000004"]
+    train(other, resume=True)
+    assert [line["step"] for line in read_metrics(tmp_path / "other" / "metrics.jsonl")[0]] == [
+        *range(5, 9)
+    ]
 
 
 def test_one_that_is_named_must_be_whole(run, tmp_path):
