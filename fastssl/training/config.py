@@ -39,6 +39,9 @@ def option(default: Any, text: str, **metadata: Any) -> Any:
 class LoaderConfig:
     num_workers: int = option(0, "processes that decode images, per rank; 0: the main process")
     prefetch: int = option(2, "micro-batches that each of these processes has ready")
+    views_on_device: bool | None = option(
+        None, "make views where the run trains rather than in the processes; null: on a GPU"
+    )
     shard_window: int = option(
         0,
         "shards that an epoch reads from at a time, so that a cache need not hold all; 0: all",

@@ -100,6 +100,7 @@ def loader(config: Config, train_set: PretrainingCrops, world: World, start_step
         accumulation=accumulation(config, world),
         num_workers=config.loader.num_workers,
         prefetch=config.loader.prefetch,
+        views_on_device=config.loader.views_on_device,
         device=world.device,
         seed=config.seed,
     )

@@ -14,6 +14,7 @@ import torch
 from fastssl.training import checkpoint, loop, setup
 from fastssl.training.config import load
 from fastssl.training.loop import Run, train
+from fastssl.training.report import read_metrics
 from tests.training.tiny import (
     DINO,
     HIERA,
@@ -425,3 +426,14 @@ def test_what_has_no_blocks_cannot_be_checkpointed(images, tmp_path):
                 model=["method={name: rotation}", "model.name=tests.methods.checks:TinyEncoder"],
             )
         )
+
+
+def test_views_made_where_the_run_trains_are_those_of_the_workers(images, tmp_path, no_report):
+    """But for the rounding to bytes."""
+    losses = []
+    for name, where in (("here", "true"), ("there", "null")):
+        more = [f"name={name}", f"loader.views_on_device={where}", "eval.max_images=0"]
+        folder = train(tiny_config(images, tmp_path, "train.steps=3", *more))
+        lines, _ = read_metrics(folder / "metrics.jsonl")
+        losses.append([line["loss"] for line in lines])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2) and losses[0] != losses[1]
