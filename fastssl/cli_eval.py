@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from fastssl.cli import SAID
+
 if TYPE_CHECKING:
     from fastssl.data.views import View
     from fastssl.distributed import World
@@ -68,7 +70,7 @@ def run_command(
     parser = build()
     try:
         function(parser.parse_intermixed_args(arguments))
-    except (ValueError, OSError, ImportError, ArithmeticError) as error:
+    except SAID as error:
         if "--traceback" in arguments:
             raise
         if _is_first_to_fail():

@@ -17,7 +17,8 @@ from fastssl import functional as F
 from fastssl.data.batch import Batch
 from fastssl.data.crops import Request
 from fastssl.data.fbank import AUDIOSET_MEAN, AUDIOSET_STD, audio_input, log_mel_filter_bank
-from fastssl.data.recordings import NewlySkipped, Recordings
+from fastssl.data.pictures import NewlySkipped
+from fastssl.data.recordings import Recordings
 from fastssl.kernels.common.checks import check_int, check_tensor
 
 # Zero crossings of the resampling filter on each side, and the share of the band that it keeps.

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from fastssl import functional as F
 from fastssl.data.batch import Batch
 from fastssl.data.decode import Pixels
-from fastssl.data.pictures import Pictures
+from fastssl.data.pictures import NewlySkipped, Pictures
 from fastssl.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Box, RandomResizedCrop
 from fastssl.data.views import View, see_through
 
@@ -83,7 +83,7 @@ class PretrainingCrops(Dataset[Batch]):
         self.held_out = frozenset(held_out)
         self.mean = tuple(mean)
         self.std = tuple(std)
-        self._num_reported = 0
+        self._new = NewlySkipped(files)
 
     def __len__(self) -> int:
         return len(self.files) * self.crops_per_image * self.repeats
@@ -100,16 +100,13 @@ class PretrainingCrops(Dataset[Batch]):
             view=request.view,
             keep_decoded=request.keep_decoded,
         )
-        # A worker's own list reaches the main process with its batches.
-        new = dict(list(self.files.skipped.items())[self._num_reported :])
-        self._num_reported = len(self.files.skipped)
         return Batch(
             () if request.keep_decoded else seen,
             request.indices,
             request.epoch,
             request.view,
             request.step,
-            skipped=new or None,
+            skipped=self._new(),
             decoded=seen if request.keep_decoded else None,
         )
 

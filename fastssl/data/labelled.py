@@ -21,6 +21,7 @@ from fastssl.data.decode import BrokenImage, Pixels
 from fastssl.data.digits import Digits
 from fastssl.data.folder import ImageFiles, list_images
 from fastssl.data.packed import is_pack
+from fastssl.data.pictures import NewlySkipped
 from fastssl.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Box
 from fastssl.data.views import View, see_through
 
@@ -105,7 +106,7 @@ class LabelledImages(Dataset[Batch]):
         self.classes = tuple(classes)
         self.seed = seed
         self.mean, self.std = tuple(mean), tuple(std)
-        self._num_reported = 0
+        self._new = NewlySkipped(images)
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -141,10 +142,7 @@ class LabelledImages(Dataset[Batch]):
             )
         index = request.indices[rows]
         labels = None if self.labels is None else self.labels[index]
-        # A worker's own list reaches the main process with its batches.
-        new = dict(list(self.images.skipped.items())[self._num_reported :])
-        self._num_reported = len(self.images.skipped)
-        return Batch(views, index, request.epoch, labels=labels, skipped=new or None)
+        return Batch(views, index, request.epoch, labels=labels, skipped=self._new())
 
     def _pictures(self, indices: Tensor) -> Iterator[tuple[int, Pixels, Box]]:
         for row, position in enumerate(self.positions[indices].tolist()):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -97,14 +99,51 @@ class Pictures(ABC):
         Raises:
             NoReadableImage: there is none.
         """
-        for step in range(len(self)):
-            candidate = (position + step) % len(self)
-            try:
-                return candidate, self.read(candidate)
-            except BrokenImage:
-                continue
-        reasons = "\n".join(f"  {p}: {r}" for p, r in list(self.skipped.items())[:5])
-        raise NoReadableImage(
-            f"data must hold at least one readable image; none of the {len(self)} image files in "
-            f"{self.root} can be read. The first of them:\n{reasons}"
-        )
+        return first_readable(self, "image", position, self.read)
+
+
+class Source(Protocol):
+    """Files by position, and what of them was broken."""
+
+    root: object
+    skipped: dict[str, str]
+
+    def __len__(self) -> int: ...
+
+
+Found = TypeVar("Found")
+
+
+def first_readable(
+    source: Source, kind: str, position: int, read: Callable[[int], Found]
+) -> tuple[int, Found]:
+    """The first position from this one on, round the end, that `read` can read, and what it gives.
+
+    Raises:
+        NoReadableImage: there is none.
+    """
+    for step in range(len(source)):
+        candidate = (position + step) % len(source)
+        try:
+            return candidate, read(candidate)
+        except BrokenImage:
+            continue
+    reasons = "\n".join(f"  {p}: {r}" for p, r in list(source.skipped.items())[:5])
+    raise NoReadableImage(
+        f"data must hold at least one readable {kind} file; none of the {len(source)} {kind} files "
+        f"in {source.root} can be read. The first of them:\n{reasons}"
+    )
+
+
+class NewlySkipped:
+    """What a source has more of broken files than when this was asked before: a worker's own list
+    reaches the main process with its batches."""
+
+    def __init__(self, source: Source):
+        self._source = source
+        self._number = 0
+
+    def __call__(self) -> dict[str, str] | None:
+        new = dict(list(self._source.skipped.items())[self._number :])
+        self._number = len(self._source.skipped)
+        return new or None

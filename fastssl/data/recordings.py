@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from fastssl.data.decode import BrokenImage
 from fastssl.data.folder import find_files
-from fastssl.data.pictures import NoReadableImage
+from fastssl.data.pictures import first_readable
 
 
 class Recordings(ABC):
@@ -61,26 +61,4 @@ class Recordings(ABC):
         Raises:
             NoReadableImage: there is none.
         """
-        for step in range(len(self)):
-            try:
-                return self.read((position + step) % len(self), *wanted)
-            except BrokenImage:
-                continue
-        reasons = "; ".join(f"{p}: {r}" for p, r in list(self.skipped.items())[:5])
-        raise NoReadableImage(
-            f"data must hold at least one readable {self.kind} file; none of the {len(self)} in "
-            f"{self.root} can be read: {reasons}"
-        )
-
-
-class NewlySkipped:
-    """What a worker's list of broken files has more than when it was asked before."""
-
-    def __init__(self, recordings: Recordings):
-        self._recordings = recordings
-        self._number = 0
-
-    def __call__(self) -> dict[str, str] | None:
-        new = dict(list(self._recordings.skipped.items())[self._number :])
-        self._number = len(self._recordings.skipped)
-        return new or None
+        return first_readable(self, self.kind, position, lambda at: self.read(at, *wanted))[1]

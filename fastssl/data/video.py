@@ -16,7 +16,8 @@ from fastssl import functional as F
 from fastssl.data.batch import Batch
 from fastssl.data.crops import Request
 from fastssl.data.labelled import CenterCrop
-from fastssl.data.recordings import NewlySkipped, Recordings
+from fastssl.data.pictures import NewlySkipped
+from fastssl.data.recordings import Recordings
 from fastssl.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from fastssl.data.views import View, decode_later, make_views
 from fastssl.kernels.common.checks import check_int

@@ -18,6 +18,7 @@ from statistics import median
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from fastssl.data.index import write_whole
 from fastssl.data.transforms import denormalize
 from fastssl.training import curves
 
@@ -117,9 +118,7 @@ def write_report(
     )
     target = run_dir / "report.html"
     # Whoever looks meanwhile sees the old page or the new one, whole.
-    part = target.with_suffix(".part")
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, target)
+    write_whole(target, lambda stream: stream.write(page.encode()))
     return target
 
 
