@@ -50,20 +50,20 @@ def _list() -> int:
 def _run(options: argparse.Namespace) -> int:
     import torch
 
-    from benchmarks.registry import select
+    from benchmarks.registry import GPU_SCALE, select
     from benchmarks.runner import Disagreement, run_case
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    try:
-        cases = select(options.cases, options.quick)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
     if options.device == "cuda" and not torch.cuda.is_available():
         print(f"--device cuda: torch {torch.__version__} sees no NVIDIA GPU", file=sys.stderr)
         return 2
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        cases = select(options.cases, options.quick, GPU_SCALE if device.type == "cuda" else 1)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     file = options.json
     if file is not None and file.is_dir():
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None

@@ -39,9 +39,9 @@ SHAPES = {
 QUICK = {"hiera_base/pool_1": (2, 16, 4, 2, 24)}
 
 
-def cases(quick: bool) -> list[Case]:
+def cases(quick: bool, scale: int) -> list[Case]:
     return [
-        _case(name, *shape, 2 if quick else BATCH, direction)
+        _case(name, *shape, 2 if quick else BATCH * scale, direction)
         for name, shape in (QUICK if quick else SHAPES).items()
         for direction in (FORWARD, FORWARD_BACKWARD)
     ]

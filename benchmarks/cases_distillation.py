@@ -88,13 +88,13 @@ class Recipe:
         return Published(backbone, head)
 
 
-def cases(quick: bool) -> list[Case]:
-    small = {}
+def cases(quick: bool, scale: int) -> list[Case]:
+    sizes: dict[str, Any] = {"batch": scale * Recipe.batch}
     if quick:
-        small = {"batch": 2, "sides": (64, 32), "num_small": 2}
-        small["vit"] = {"embed_dim": 48, "depth": 2, "num_heads": 3}
-        small["head"] = {"hidden_dim": 64, "bottleneck_dim": 16}
-    recipes = [Recipe(method, 512 if quick else K, **small) for method, K in PROTOTYPES.items()]
+        sizes = {"batch": 2, "sides": (64, 32), "num_small": 2}
+        sizes["vit"] = {"embed_dim": 48, "depth": 2, "num_heads": 3}
+        sizes["head"] = {"hidden_dim": 64, "bottleneck_dim": 16}
+    recipes = [Recipe(method, 512 if quick else K, **sizes) for method, K in PROTOTYPES.items()]
     return [_case(r, direction, quick) for r in recipes for direction in (FORWARD_BACKWARD, STEP)]
 
 

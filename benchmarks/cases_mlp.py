@@ -26,9 +26,11 @@ SIZES = {
 }
 
 
-def cases(quick: bool) -> list[Case]:
+def cases(quick: bool, scale: int) -> list[Case]:
     sizes = {"tiny": (24, 16)} if quick else SIZES
-    return [make(name, *size) for make in (linear, gelu_mlp) for name, size in sizes.items()]
+    return [
+        make(name, scale * M, D) for make in (linear, gelu_mlp) for name, (M, D) in sizes.items()
+    ]
 
 
 def linear(name: str, M: int, D: int) -> Case:

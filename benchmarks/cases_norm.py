@@ -16,8 +16,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 KEEP_PROB = 0.8
 
 
-def cases(quick: bool) -> list[Case]:
-    shapes = ((2, 5, 96),) if quick else SHAPES
+def cases(quick: bool, scale: int) -> list[Case]:
+    shapes = [(scale * B, N, D) for B, N, D in (((2, 5, 96),) if quick else SHAPES)]
     made = [
         add_layer_norm(shape, dtype, direction)
         for shape in shapes

@@ -17,10 +17,10 @@ QUICK = {"pool_1": ((2, 32, 24), 16)}
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def cases(quick: bool) -> list[Case]:
+def cases(quick: bool, scale: int) -> list[Case]:
     return [
-        mask_unit_pool(name, shape, unit_size, dtype, direction)
-        for name, (shape, unit_size) in (QUICK if quick else SHAPES).items()
+        mask_unit_pool(name, (scale * batch, *sizes), unit_size, dtype, direction)
+        for name, ((batch, *sizes), unit_size) in (QUICK if quick else SHAPES).items()
         for dtype in DTYPES
         for direction in (FORWARD, FORWARD_BACKWARD)
     ]

@@ -1,46 +1,48 @@
-"""Whole training steps of masked autoencoders beside transformers' models, in bf16 autocast.
+"""Whole training steps of masked autoencoders beside other people's, in bf16 autocast.
 
-Ours eager meets theirs eager, ours compiled theirs compiled, with equal weights, images, noise and
-the same fused AdamW.
+Those are transformers' models and, for Hiera-L, the model in plain torch as published. Ours eager
+meets theirs eager, ours compiled theirs compiled, with equal weights, images, noise and the same
+fused AdamW.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import published_hiera
 from benchmarks.registry import FORWARD, FORWARD_BACKWARD, STEP, Case, Contender
 from fastssl.models import (
-    HieraB,
+    Hiera,
     mae_hiera_base_224,
+    mae_hiera_large_224,
     mae_hiera_tiny_224,
     mae_vit_base_patch16,
 )
+from fastssl.models.hiera import WIDTHS
 
 try:
     import transformers
 except ImportError:
     transformers = None
 
+TRANSFORMERS, PUBLISHED = "transformers", "published"
 # Both sides compute in bf16, each in an order of its own: the gradient of Hiera's first layer is 5
 # to 6 % off float32's in transformers' model as in ours.
 TOLERANCE = 1e-1
 # Gradients that the contenders must agree on: those of the first and of the last layer.
 LANDMARKS = (("patch_embed.proj.weight", "projection.weight"), "decoder_pred.weight")
 
-RATIOS = {
-    "eager": ("transformers", "fastssl"),
-    "compiled": ("transformers compiled", "fastssl compiled"),
-}
-
 
 @dataclass(frozen=True)
 class Family:
-    """A model of ours and transformers' equal, and what they take."""
+    """A model of ours and somebody's equal, and what they take."""
 
+    rival: str
     name: str
     shape: str
     image_side: int
@@ -48,16 +50,24 @@ class Family:
     ours: Callable[[], nn.Module]
     theirs: Callable[[], tuple[nn.Module, dict[str, Tensor]]]  # the model, its official state dict
 
+    @property
+    def is_installed(self) -> bool:
+        return self.rival != TRANSFORMERS or transformers is not None
 
-def cases(quick: bool) -> list[Case]:
-    batch = 2 if quick else 8
-    families = (_vit(quick), _hiera("tiny", quick), _hiera("base", quick))
+
+def cases(quick: bool, scale: int) -> list[Case]:
+    batch = 2 if quick else 8 * scale
+    families = (_vit(quick), *(_hiera(size, quick) for size in FACTORIES))
     steps = [
         _step_case(family, batch, direction, compiled=not quick)
         for family in families
         for direction in (FORWARD_BACKWARD, STEP)
     ]
-    return [*steps, _hiera_forward(batch, quick)]
+    return [*steps, *(_hiera_forward(size, batch, quick) for size in ("base", "large"))]
+
+
+def ratios(rival: str) -> dict[str, tuple[str, str]]:
+    return {"eager": (rival, "fastssl"), "compiled": (f"{rival} compiled", "fastssl compiled")}
 
 
 def _vit(quick: bool) -> Family:
@@ -80,6 +90,7 @@ def _vit(quick: bool) -> Family:
         return model, official(model.state_dict())
 
     return Family(
+        TRANSFORMERS,
         "mae_vit_base_step",
         f"{side}x{side} mask 0.75",
         side,
@@ -90,36 +101,43 @@ def _vit(quick: bool) -> Family:
 
 
 FACTORIES = {
-    "tiny": (mae_hiera_tiny_224, (1, 2, 7, 2)),
-    "base": (mae_hiera_base_224, (2, 3, 16, 3)),
+    "tiny": mae_hiera_tiny_224,
+    "base": mae_hiera_base_224,
+    "large": mae_hiera_large_224,
 }
+RIVALS = {"tiny": TRANSFORMERS, "base": TRANSFORMERS, "large": PUBLISHED}
+
+
+def _width(size: str, quick: bool) -> dict[str, Any]:
+    """embed_dim, num_heads and stages."""
+    return WIDTHS[size] | ({"embed_dim": 16, "stages": (1, 1, 1, 1)} if quick else {})
 
 
 def _hiera(size: str, quick: bool) -> Family:
     side = 64 if quick else 224
-    factory, stages = FACTORIES[size]
-    if quick:
-        stages = (1, 1, 1, 1)
+    width = _width(size, quick)
     decoder = (32, 1, 2) if quick else (512, 8, 16)
-    width = 16 if quick else 96
 
     def build_ours() -> nn.Module:
-        return factory(
+        return FACTORIES[size](
             input_size=(side, side),
-            embed_dim=width,
-            stages=stages,
+            **width,
             decoder_embed_dim=decoder[0],
             decoder_depth=decoder[1],
             decoder_num_heads=decoder[2],
         )
 
     def build_theirs() -> tuple[nn.Module, dict[str, Tensor]]:
+        if RIVALS[size] == PUBLISHED:
+            model = published_hiera.MaskedAutoencoder(side, **width, decoder=decoder)
+            # Our weights: plain torch's are not those of a masked autoencoder.
+            model.load_state_dict(build_ours().state_dict())
+            return model, model.state_dict()
         from fastssl.models.transformers_keys import official
 
         config = transformers.HieraConfig(
             image_size=[side, side],
-            embed_dim=width,
-            depths=list(stages),
+            **_transformers_names(width),
             num_query_pool=2,
             decoder_hidden_size=decoder[0],
             decoder_depth=decoder[1],
@@ -129,6 +147,7 @@ def _hiera(size: str, quick: bool) -> Family:
         return model, official(model.state_dict())
 
     return Family(
+        RIVALS[size],
         f"mae_hiera_{size}_step",
         f"{side}x{side} mask 0.6",
         side,
@@ -138,39 +157,44 @@ def _hiera(size: str, quick: bool) -> Family:
     )
 
 
-def _hiera_forward(batch: int, quick: bool) -> Case:
+def _transformers_names(width: dict[str, Any]) -> dict[str, Any]:
+    heads = [width["num_heads"] << stage for stage in range(len(width["stages"]))]
+    return {"embed_dim": width["embed_dim"], "num_heads": heads, "depths": list(width["stages"])}
+
+
+def _hiera_forward(size: str, batch: int, quick: bool) -> Case:
     """Inference of the classifier's trunk: all tokens, three poolings."""
-    side = 64 if quick else 224
-    stages, width = ((1, 1, 1, 1), 16) if quick else ((2, 3, 16, 3), 96)
+    side, width, rival = 64 if quick else 224, _width(size, quick), RIVALS[size]
 
     def contenders(device: torch.device) -> dict[str, Contender]:
-        ours = HieraB(input_size=(side, side), embed_dim=width, stages=stages, num_classes=0)
-        ours = ours.to(device).eval()
+        ours = Hiera(input_size=(side, side), **width, num_classes=0).to(device).eval()
 
         def forward(images: Tensor) -> Tensor:
             # transformers pools before its norm, too.
             return ours.norm(ours.forward_stages(images)[-1].mean(1))
 
         found = {}
-        if transformers is not None:
+        if rival == PUBLISHED:
+            theirs = published_hiera.Hiera(side, **width).to(device).eval()
+            theirs.load_state_dict(ours.state_dict())
+            found = _inference(rival, theirs.features, not quick)
+        elif transformers is not None:
             from fastssl.models.transformers_keys import official
 
-            config = transformers.HieraConfig(
-                image_size=[side, side], embed_dim=width, depths=list(stages)
-            )
+            config = transformers.HieraConfig(image_size=[side, side], **_transformers_names(width))
             theirs = transformers.HieraModel(config).to(device).eval()
             ours.load_state_dict(official(theirs.state_dict()))
-            found = _inference("transformers", lambda x: theirs(x).pooler_output, not quick)
+            found = _inference(rival, lambda x: theirs(x).pooler_output, not quick)
         return found | _inference("fastssl", forward, not quick)
 
     return Case(
-        name="hiera_base_forward",
+        name=f"hiera_{size}_forward",
         shape=f"B={batch} {side}x{side}",
         dtype="bfloat16",
         direction=FORWARD,
         make_inputs=lambda device: (torch.randn(batch, 3, side, side, device=device),),
         contenders=contenders,
-        ratios=RATIOS,
+        ratios=ratios(rival),
         tolerance=TOLERANCE,
         flops=count_flops,
         images=batch,
@@ -200,11 +224,11 @@ def _step_case(family: Family, batch: int, direction: str, compiled: bool) -> Ca
         with_step = direction == STEP
         ours = family.ours().to(device).train()
         found = {}
-        if transformers is not None:
+        if family.is_installed:
             theirs, weights = family.theirs()
             ours.load_state_dict(weights)
             theirs = theirs.to(device).train()
-            found = _contenders("transformers", theirs, with_step, compiled)
+            found = _contenders(family.rival, theirs, with_step, compiled)
         return found | _contenders("fastssl", ours, with_step, compiled)
 
     return Case(
@@ -214,7 +238,7 @@ def _step_case(family: Family, batch: int, direction: str, compiled: bool) -> Ca
         direction=direction,
         make_inputs=make_inputs,
         contenders=contenders,
-        ratios=RATIOS,
+        ratios=ratios(family.rival),
         tolerance=TOLERANCE,
         flops=count_flops,
         images=batch,

@@ -35,10 +35,10 @@ QUICK = {
 QUICK_ARGUMENTS = {"input_size": (64, 64), "stages": (1, 1, 1, 1), "embed_dim": 16}
 
 
-def cases(quick: bool) -> list[Case]:
+def cases(quick: bool, scale: int) -> list[Case]:
     made = []
     for name, (encoder, autoencoder, size, units, batch) in (QUICK if quick else MODELS).items():
-        arguments = QUICK_ARGUMENTS if quick else {}
+        arguments, batch = QUICK_ARGUMENTS if quick else {}, scale * batch
         made.append(_case(name, encoder, arguments, size, units, batch, FORWARD))
         if autoencoder is not None:
             made.append(_case(name, autoencoder, arguments, size, units, batch, STEP))

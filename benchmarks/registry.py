@@ -125,7 +125,11 @@ def _cannot_run_by_name(backend: str, op: str, device: torch.device) -> str | No
     return entry.backends[backend](*entry.example(device))
 
 
-def all_cases(quick: bool = False) -> list[Case]:
+# A GPU is given as many times the batch of a case that is as large as two CPU cores can bear.
+GPU_SCALE = 16
+
+
+def all_cases(quick: bool = False, scale: int = 1) -> list[Case]:
     """Every case; `quick` ones are small and only show that everything runs."""
     from benchmarks import (
         cases_attention,
@@ -144,15 +148,17 @@ def all_cases(quick: bool = False) -> list[Case]:
         cases_throughput,
     )
 
-    modules = (cases_masking, cases_dino, cases_sinkhorn, cases_contrastive, cases_gram)
-    modules = (*modules, cases_optim, cases_attention, cases_pool, cases_mlp, cases_norm)
-    modules = (*modules, cases_steps, cases_distillation, cases_throughput, cases_augment)
-    return [case for module in modules for case in module.cases(quick)]
+    published = (cases_masking, cases_dino, cases_sinkhorn, cases_contrastive, cases_gram)
+    published = (*published, cases_optim, cases_augment)
+    scaled = (cases_attention, cases_pool, cases_mlp, cases_norm)
+    scaled = (*scaled, cases_steps, cases_distillation, cases_throughput)
+    found = [case for module in published for case in module.cases(quick)]
+    return found + [case for module in scaled for case in module.cases(quick, scale)]
 
 
-def select(names: list[str], quick: bool = False) -> list[Case]:
+def select(names: list[str], quick: bool = False, scale: int = 1) -> list[Case]:
     """The cases called `names`, or below such a name ("masked_scatter" selects all its dtypes)."""
-    cases = all_cases(quick)
+    cases = all_cases(quick, scale)
     if not names:
         return cases
     chosen = [c for c in cases if any(c.name == n or c.name.startswith(n + "/") for n in names)]

@@ -115,7 +115,9 @@ def time_interleaved(
     warm = [
         sum(clock(contenders[name], inputs[i % len(inputs)]) for name in names) for i in range(2)
     ]
-    seconds, least, most = (0.2, 3, 5) if quick else (15.0, 7, 50)
+    seconds, least, most = (3.0 if device.type == "cuda" else 15.0, 7, 50)
+    if quick:
+        seconds, least, most = 0.2, 3, 5
     rounds = max(least, min(most, int(seconds * 1e3 / max(warm[-1], 1e-3))))
     times: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
