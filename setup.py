@@ -84,9 +84,10 @@ class BuildLibraries(build_ext):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda command: subprocess.run(command, check=True), commands))
         link = [compiler, "-shared", *objects, "-o", str(target)]
-        # libtorch_cuda's symbols come from the process that loads the library.
-        link += [f"-L{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-        link += ["-cudart", "static"] if ext.name == CUDA else []
+        link += [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
+        if ext.name == CUDA:
+            # libtorch has no symbols of its own: kept, it brings libtorch_cuda's.
+            link += ["-Xlinker", "--no-as-needed", "-ltorch", "-cudart", "static"]
         subprocess.run(link, check=True)
 
     def compiler_of(self, ext: Extension) -> tuple[str, list[str]]:

@@ -27,7 +27,8 @@ import pytest
 
 
 def _serve(connection: Connection) -> None:
-    """A worker: runs what comes until the pipe closes."""
+    """A worker: runs what comes until the pipe closes; on the CPU, whatever else is there."""
+    os.environ.update(CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1")
     import torch
     import torch.distributed as dist
 

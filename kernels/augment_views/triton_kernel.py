@@ -99,7 +99,7 @@ def _resize_columns_kernel(
         r += weight * tl.load(source, mask=inside, other=0).to(tl.int32)
         g += weight * tl.load(source + 1, mask=inside, other=0).to(tl.int32)
         b += weight * tl.load(source + 2, mask=inside, other=0).to(tl.int32)
-    plane = rows.to(tl.int64) * W
+    plane = rows * W
     r, g, b = _to_8_bits(r), _to_8_bits(g), _to_8_bits(b)
     _store_planes(out_ptr + view * 3 * plane + p, r, g, b, plane, valid)
 
@@ -174,7 +174,7 @@ def _resize_rows_kernel(
     y, x = tl.where(valid, p // W, 0), p % W
     start = tl.load(starts_ptr + view * H + y)
     weight_ptr = weights_ptr + (view * H + y) * taps
-    plane = rows.to(tl.int64) * W
+    plane = rows * W
     resized_ptr += view * 3 * plane
     r = tl.zeros((BLOCK,), tl.int32)
     g, b = r, r

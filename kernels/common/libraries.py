@@ -49,6 +49,11 @@ def triton_interprets() -> bool:
     return _triton_interprets()
 
 
+def _cause(error: OSError) -> BaseException:
+    """What the dynamic linker says; torch's own error names the file alone."""
+    return error.__cause__ or error
+
+
 @functools.cache
 def _load_cpp_library() -> str | None:
     path = _FOLDER / "_cpu.so"
@@ -60,7 +65,7 @@ def _load_cpp_library() -> str | None:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"the CPU library did not load into torch {torch.__version__}: {error}"
+        return f"the CPU library did not load into torch {torch.__version__}: {_cause(error)}"
     return None
 
 
@@ -78,7 +83,7 @@ def _load_cuda_library() -> str | None:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"the CUDA library did not load into torch {torch.__version__}: {error}"
+        return f"the CUDA library did not load into torch {torch.__version__}: {_cause(error)}"
     return None
 
 

@@ -122,10 +122,11 @@ def test_resize_is_pillows_to_the_bit(size, interpolation, backend, poisoned_mem
     assert torch.equal(out, torch.stack(expected))
 
 
-# Interpreted, a view of this size takes Triton tens of seconds.
+# Interpreted, a view of this size takes tens of seconds.
+INTERPRETED = ("triton",) if DEVICE.type == "cpu" else ()
 AT_REAL_SIZES = [
-    pytest.param(name, marks=[pytest.mark.slow] * (name == "triton" and DEVICE.type == "cpu"))
-    for name in BACKENDS
+    pytest.param(name, marks=[*marks, pytest.mark.slow] if name in INTERPRETED else marks)
+    for (name,), marks, _ in BACKENDS
 ]
 
 

@@ -175,7 +175,8 @@ def test_keys_without_gradient_cost_no_product(backend):
     flops = {}
     for wants_keys in (False, True):
         with FlopCounterMode(display=False) as counter:
-            call(tensors, torch.tensor(0.2), backend, (True, wants_keys, True), **options)
+            t = torch.tensor(0.2, device=device_of(backend))
+            call(tensors, t, backend, (True, wants_keys, True), **options)
         flops[wants_keys] = counter.get_total_flops()
     # Scores and the queries' gradient; scores of the batch's keys and their gradient.
     assert flops[False] == 2 * 2 * 7 * (7 + 9) * 5
