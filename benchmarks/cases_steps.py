@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import published_hiera
+from benchmarks.graphs import Graphed
 from benchmarks.registry import FORWARD, FORWARD_BACKWARD, STEP, Case, Contender
 from fastssl.models import (
     Hiera,
@@ -167,7 +168,8 @@ def _hiera_forward(size: str, batch: int, quick: bool) -> Case:
     side, width, rival = 64 if quick else 224, _width(size, quick), RIVALS[size]
 
     def contenders(device: torch.device) -> dict[str, Contender]:
-        ours = Hiera(input_size=(side, side), **width, num_classes=0).to(device).eval()
+        with device:
+            ours = Hiera(input_size=(side, side), **width, num_classes=0).eval()
 
         def forward(images: Tensor) -> Tensor:
             # transformers pools before its norm, too.
@@ -185,7 +187,7 @@ def _hiera_forward(size: str, batch: int, quick: bool) -> Case:
             theirs = transformers.HieraModel(config).to(device).eval()
             ours.load_state_dict(official(theirs.state_dict()))
             found = _inference(rival, lambda x: theirs(x).pooler_output, not quick)
-        return found | _inference("fastssl", forward, not quick)
+        return with_graph(found | _inference("fastssl", forward, not quick), device)
 
     return Case(
         name=f"hiera_{size}_forward",
@@ -199,6 +201,13 @@ def _hiera_forward(size: str, batch: int, quick: bool) -> Case:
         flops=count_flops,
         images=batch,
     )
+
+
+def with_graph(contenders: dict[str, Contender], device: torch.device) -> dict[str, Contender]:
+    """And on a GPU ours replayed from a graph of its launches, for which it must never wait."""
+    if device.type == "cuda":
+        contenders["fastssl graphed"] = Graphed(contenders["fastssl"])
+    return contenders
 
 
 def _inference(name: str, forward: Callable, compiled: bool) -> dict[str, Contender]:
@@ -222,14 +231,16 @@ def _step_case(family: Family, batch: int, direction: str, compiled: bool) -> Ca
 
     def contenders(device: torch.device) -> dict[str, Contender]:
         with_step = direction == STEP
-        ours = family.ours().to(device).train()
+        with device:
+            ours = family.ours().train()
         found = {}
         if family.is_installed:
-            theirs, weights = family.theirs()
+            with device:
+                theirs, weights = family.theirs()
             ours.load_state_dict(weights)
             theirs = theirs.to(device).train()
             found = _contenders(family.rival, theirs, with_step, compiled)
-        return found | _contenders("fastssl", ours, with_step, compiled)
+        return with_graph(found | _contenders("fastssl", ours, with_step, compiled), device)
 
     return Case(
         name=f"{family.name}/{direction}",
@@ -250,12 +261,20 @@ def _contenders(
 ) -> dict[str, Contender]:
     optimizer = None
     if with_step:
-        # A learning rate of 0 costs as much as any other and keeps the contenders comparable.
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.05, fused=True)
+        optimizer = adamw(model)
     found = {name: training_step(model, model, optimizer)}
     if compiled:
         found[f"{name} compiled"] = training_step(model, torch.compile(model), optimizer)
     return found
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    """A learning rate of 0 costs as much as any other and keeps the contenders comparable."""
+    parameters = list(model.parameters())
+    in_graphs = parameters[0].is_cuda
+    return torch.optim.AdamW(
+        parameters, lr=0.0, weight_decay=0.05, fused=True, capturable=in_graphs
+    )
 
 
 def training_step(
@@ -263,7 +282,8 @@ def training_step(
     forward: Callable,
     optimizer: torch.optim.Optimizer | None,
 ) -> Contender:
-    """Zero the gradients, forward, backward and, with an optimizer, its step."""
+    """Forward, backward, with an optimizer its step, and no gradients left behind: those of a
+    graph lie where its next replay will write."""
     parameters = dict(model.named_parameters())
     landmarks = [
         next(parameter for name, parameter in parameters.items() if name.endswith(suffixes))
@@ -271,14 +291,15 @@ def training_step(
     ]
 
     def call(images: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
-        model.zero_grad(set_to_none=True)
         with torch.autocast(images.device.type, torch.bfloat16):
             # transformers' output is a mapping whose first value is the loss.
             loss = forward(images, noise=noise)[0]
         loss.backward()
         if optimizer is not None:
             optimizer.step()
-        return loss.detach(), *(parameter.grad for parameter in landmarks)
+        found = (loss.detach().clone(), *(parameter.grad.clone() for parameter in landmarks))
+        model.zero_grad(set_to_none=True)
+        return found
 
     return call
 
@@ -290,8 +311,9 @@ def count_flops(contenders: dict[str, Contender], inputs: Sequence) -> dict[str,
     """
     counted = {}
     for name, function in contenders.items():
-        if name.endswith(" compiled"):
-            counted[name] = counted[name.removesuffix(" compiled")]
+        eager = name.removesuffix(" compiled").removesuffix(" graphed")
+        if eager != name:
+            counted[name] = counted[eager]
             continue
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             function(*inputs)

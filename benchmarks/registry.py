@@ -126,7 +126,7 @@ def _cannot_run_by_name(backend: str, op: str, device: torch.device) -> str | No
 
 
 # A GPU is given as many times the batch of a case that is as large as two CPU cores can bear.
-GPU_SCALE = 16
+GPU_SCALE = 32
 
 
 def all_cases(quick: bool = False, scale: int = 1) -> list[Case]:

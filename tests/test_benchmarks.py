@@ -122,6 +122,19 @@ def test_no_number_without_agreement():
     runner.check_agreement(right, right.contenders(CPU), right.make_inputs(CPU))
 
 
+def test_a_rival_that_fails_is_left_out_and_we_are_not(capsys):
+    def fails(*inputs):
+        raise RuntimeError("CUDA out of memory.\nTried to allocate")
+
+    case = wrong_case(0.0)
+    contenders = case.contenders(CPU) | {"rival": fails}
+    kept = runner.check_agreement(case, contenders, case.make_inputs(CPU))
+    assert kept.keys() == contenders.keys() - {"rival"}
+    assert capsys.readouterr().err == f"left out: {case.name}: rival: CUDA out of memory.\n"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        runner.check_agreement(case, contenders | {"fastssl": fails}, case.make_inputs(CPU))
+
+
 def test_integers_agree_exactly_or_not_at_all():
     ones = torch.ones(3, dtype=torch.int32)
     assert runner.relative_error(ones, ones.long()) == 0

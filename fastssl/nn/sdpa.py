@@ -17,9 +17,9 @@ MAX_BATCH = 65_535
 # Above this many keys the written-out scores take too much memory to be worth their speed.
 MAX_EXPLICIT_KEYS = 1024
 # Up to so many keys mask_unit_attention's kernels are taken where they won against torch's: on a
-# CPU with pooling in every dtype, else by its kind. On a GPU they are not measured yet, so there
-# only for mask units, which torch's kernels would pad.
-MAX_FUSED_KEYS = {"cpu": 256, "cuda": 64}
+# CPU with pooling in every dtype, else by its kind; on a GPU (H100, torch 2.11) without gradients,
+# in training with heads of any width, and there with those of a power of two.
+MAX_FUSED_KEYS = {"cpu": 256, "cuda": 64, "cuda training": 96, "cuda training, 2^n": 256}
 # Measured on an Intel Xeon with AMX, and on an AMD EPYC with AVX-512 where in float32 torch's fused
 # attention takes 1.3 to 1.8 times as long, and in bfloat16 written-out scores are the fastest.
 FUSED_DTYPES = {"tiles": (torch.bfloat16,), "avx512": (torch.float32,), "other": ()}
@@ -37,20 +37,27 @@ def _has_bf16_products() -> bool:
     return torch.cpu._is_avx512_bf16_supported()
 
 
-def _prefers_kernels(qkv: Tensor, unit_size: int, q_stride: int) -> bool:
-    if env.attention() is not None or unit_size > MAX_FUSED_KEYS.get(qkv.device.type, 0):
+def _prefers_kernels(qkv: Tensor, num_heads: int, unit_size: int, q_stride: int) -> bool:
+    kind = qkv.device.type
+    if kind == "cuda" and _is_half(qkv) and torch.is_grad_enabled() and qkv.requires_grad:
+        head_dim = qkv.shape[2] // (3 * num_heads)
+        kind = "cuda training" if head_dim & (head_dim - 1) else "cuda training, 2^n"
+    if env.attention() is not None or unit_size > MAX_FUSED_KEYS.get(kind, 0):
         return False
-    if qkv.device.type != "cpu" or q_stride > 1:
+    if kind != "cpu" or q_stride > 1:
         return True
     return qkv.dtype in FUSED_DTYPES[_cpu_kind()]
+
+
+def _is_half(x: Tensor) -> bool:
+    return x.dtype in (torch.bfloat16, torch.float16)
 
 
 def _prefers_scores(q: Tensor, num_keys: int) -> bool:
     """Whether scores are written out: on a CPU in half precision. In training the backward of
     torch's fused kernel takes 3 to 10 times as long (torch 2.13, 16 to 196 tokens); without
     gradients its forward takes twice as long where products in bfloat16 need no tiles."""
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    if not half or q.device.type != "cpu" or num_keys > MAX_EXPLICIT_KEYS:
+    if not _is_half(q) or q.device.type != "cpu" or num_keys > MAX_EXPLICIT_KEYS:
         return False
     if torch.is_grad_enabled() and q.requires_grad:
         return True
@@ -72,7 +79,7 @@ def self_attention(
     """
     batch, num_tokens, _ = qkv.shape
     unit_size = unit_size or num_tokens
-    if _prefers_kernels(qkv, unit_size, q_stride):
+    if _prefers_kernels(qkv, num_heads, unit_size, q_stride):
         op = dispatch.OPS["mask_unit_attention"]
         if dispatch.choose_backend(op, None, qkv, num_heads, unit_size, q_stride) != "reference":
             return functional.mask_unit_attention(

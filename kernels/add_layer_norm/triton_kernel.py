@@ -7,7 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastssl.kernels.common.triton_utils import AotCase, device_properties
+from fastssl.kernels.common.triton_utils import (
+    AotCase,
+    cdiv,
+    device_properties,
+    next_power_of_2,
+)
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,7 @@ class Config:
 
     def tile(self, dim: int) -> tuple[int, int, int]:
         """BLOCK_R, BLOCK_D and num_warps."""
-        block_d = triton.next_power_of_2(dim)
+        block_d = next_power_of_2(dim)
         block_r = max(1, self.values // block_d)
         return block_r, block_d, max(1, min(32, block_r * block_d // self.values_per_warp))
 
@@ -219,7 +224,7 @@ def add_layer_norm_fwd(
     if num_rows == 0:
         return
     block_r, block_d, num_warps = FORWARD.tile(dim)
-    _add_layer_norm_fwd_kernel[(triton.cdiv(num_rows, block_r),)](
+    _add_layer_norm_fwd_kernel[(cdiv(num_rows, block_r),)](
         x,
         x if branch is None else branch,
         weight,
@@ -262,9 +267,9 @@ def add_layer_norm_bwd(
     num_rows = residual.numel() // dim
     block_r, block_d, num_warps = BACKWARD.tile(dim)
     most = BACKWARD.programs_per_processor * device_properties(dx.device).num_processors
-    tiles_per_program = triton.cdiv(triton.cdiv(num_rows, block_r), most)
+    tiles_per_program = cdiv(cdiv(num_rows, block_r), most)
     rows_per_program = max(1, tiles_per_program) * block_r
-    programs = triton.cdiv(num_rows, rows_per_program)
+    programs = cdiv(num_rows, rows_per_program)
     partial = dx.new_empty((programs, 3, dim), dtype=torch.float32)
     wants = {"WANTS_AFFINE": dweight is not None, "WANTS_DGAMMA": dgamma is not None}
     if programs > 0:
@@ -295,7 +300,7 @@ def add_layer_norm_bwd(
         )
     num_sums = 2 * (dweight is not None) + (dgamma is not None)
     if num_sums > 0:
-        _add_layer_norm_reduce_kernel[(triton.cdiv(dim, REDUCE.BLOCK_D), num_sums)](
+        _add_layer_norm_reduce_kernel[(cdiv(dim, REDUCE.BLOCK_D), num_sums)](
             partial,
             partial if dweight is None else dweight,
             partial if dbias is None else dbias,

@@ -19,7 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastssl.kernels.augment_views.reference import COLUMNS, filter_table, max_taps
-from fastssl.kernels.common.triton_utils import AotCase
+from fastssl.kernels.common.triton_utils import (
+    AotCase,
+    cdiv,
+    next_power_of_2,
+)
 
 
 @dataclass(frozen=True)
@@ -351,12 +355,12 @@ def augment_views(
     lines = _int_table(extents[:, 1], H, max_taps(rows, H, interpolation), interpolation)
     resized = pixels.new_empty((R, 3, rows, W))
     planes, blurred = (params.new_empty((R, 3, H, W)) for _ in range(2))
-    blocks = triton.cdiv(H * W, CONFIG.BLOCK)
+    blocks = cdiv(H * W, CONFIG.BLOCK)
     sums = params.new_empty((R, blocks))
     statistics = torch.tensor([mean, std], dtype=torch.float32).to(params.device)
     patch, radius = patch_size or 0, kernel_size // 2
     grid, tile = (R, blocks), {"BLOCK": CONFIG.BLOCK, "num_warps": CONFIG.num_warps}
-    _resize_columns_kernel[R, triton.cdiv(rows * W, CONFIG.BLOCK)](
+    _resize_columns_kernel[R, cdiv(rows * W, CONFIG.BLOCK)](
         *(pixels, offsets, shapes, image, boxes, params, *columns, resized),
         *(rows, W, columns[1].shape[2]),
         **tile,
@@ -366,7 +370,7 @@ def augment_views(
     )
     _color_kernel[grid](
         *(planes, sums, params, statistics, out, H, W, patch),
-        BLOCK_SUMS=triton.next_power_of_2(blocks),
+        BLOCK_SUMS=next_power_of_2(blocks),
         **tile,
     )
     _blur_rows_kernel[grid](planes, params, blurred, H, W, RADIUS=radius, **tile)

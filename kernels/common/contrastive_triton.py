@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from fastssl.kernels.common import contrastive_triton_kernels as kernels
@@ -20,7 +19,11 @@ from fastssl.kernels.common.contrastive import (
     row_products,
 )
 from fastssl.kernels.common.libraries import triton_interprets
-from fastssl.kernels.common.triton_utils import device_properties
+from fastssl.kernels.common.triton_utils import (
+    cdiv,
+    device_properties,
+    next_power_of_2,
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ BLOCK_M = 32
 
 
 def block_dim(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, next_power_of_2(dim))
 
 
 def _tiles(element_size: int, dim: int) -> tuple[dict[str, object], dict[str, int]]:
@@ -96,12 +99,12 @@ def stream(
     if num_columns == 0:
         return
     launch = options(rows.values)
-    row_blocks = triton.cdiv(num_rows, launch["BLOCK_R"])
-    column_blocks = triton.cdiv(num_columns, launch["BLOCK_C"])
+    row_blocks = cdiv(num_rows, launch["BLOCK_R"])
+    column_blocks = cdiv(num_columns, launch["BLOCK_C"])
     programs = WAVES * device_properties(rows.values.device).num_processors
-    slices = min(column_blocks, triton.cdiv(programs, row_blocks))
-    columns_per_slice = triton.cdiv(column_blocks, slices) * launch["BLOCK_C"]
-    slices = triton.cdiv(num_columns, columns_per_slice)
+    slices = min(column_blocks, cdiv(programs, row_blocks))
+    columns_per_slice = cdiv(column_blocks, slices) * launch["BLOCK_C"]
+    slices = cdiv(num_columns, columns_per_slice)
     top, total = state.top.new_empty((2, slices, num_rows))
     weighted = None
     if state.weighted is not None:
@@ -190,7 +193,7 @@ def _gradient(
     num_rows, dim = rows.values.shape
     gradient = torch.empty_like(rows.values, dtype=torch.float32)
     launch = options(rows.values)
-    kernels._contrastive_gradient_kernel[(triton.cdiv(num_rows, launch["BLOCK_R"]),)](
+    kernels._contrastive_gradient_kernel[(cdiv(num_rows, launch["BLOCK_R"]),)](
         rows.values,
         _given(rows.inverse, gradient),
         columns.values,

@@ -6,7 +6,7 @@ op's own backward: 40 microseconds instead of 120 for a forward and its backward
 small kernel takes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,18 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def direct(
-    op: CustomOpDef, setup_context: Callable | None = None, backward: Callable | None = None
+    op: CustomOpDef,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+    body: Callable | None = None,
 ) -> Callable:
     """A function of the op's positional arguments: the op's body where nothing intercepts calls.
 
     `setup_context` and `backward` are those of op.register_autograd; None for an op without a
-    gradient.
+    gradient. `body` may stand for the op's, with None where that returns an empty tensor, as a
+    registered op must: on a GPU's host such tensors cost microseconds each.
     """
-    registered, body = op._opoverload, op._init_fn
+    registered, body = op._opoverload, body or op._init_fn
     differentiable = body
     if backward is not None:
         # With a setup_context of its own the Function would inspect forward's signature per call.
@@ -58,6 +62,13 @@ def _once(backward: Callable) -> Callable:
         return tuple(g if g is None else _FirstDerivative.apply(g, *sources) for g in found)
 
     return run
+
+
+def filled(
+    outputs: Sequence[Tensor | None], like: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """`outputs` with an empty tensor for each that is None."""
+    return tuple(like.new_empty((0,), dtype=dtype) if x is None else x for x in outputs)
 
 
 class _FirstDerivative(torch.autograd.Function):

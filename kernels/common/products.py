@@ -91,14 +91,12 @@ def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype, backend: str) -> 
 
 
 def column_sums(x: Tensor, backend: str) -> Tensor:  # [M, N] -> [N] float32
-    sums = x.new_empty((x.shape[1],), dtype=torch.float32)
-    if backend == "cpp":
-        parts = new_parts(x)
-        torch.ops.fastssl_csrc.linear_column_sums(x, parts, sums)
-    else:
+    if backend != "cpp":
         from fastssl.kernels.common import triton_columns
 
-        triton_columns.column_sums(x, sums)
+        return triton_columns.column_sums(x)
+    sums = x.new_empty((x.shape[1],), dtype=torch.float32)
+    torch.ops.fastssl_csrc.linear_column_sums(x, new_parts(x), sums)
     return sums
 
 

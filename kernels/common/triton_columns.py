@@ -7,7 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastssl.kernels.common.triton_utils import AotCase, device_properties
+from fastssl.kernels.common.triton_utils import (
+    AotCase,
+    cdiv,
+    device_properties,
+)
 
 
 @dataclass(frozen=True)
@@ -51,19 +55,19 @@ def _column_sums_kernel(
 
 def num_slices(num_rows: int, num_columns: int, block_m: int, block_n: int, device) -> int:
     """Slices of the rows that fill the device, of a whole number of blocks each."""
-    tiles = triton.cdiv(num_columns, block_n)
+    tiles = cdiv(num_columns, block_n)
     wanted = max(1, _PROGRAMS * device_properties(device).num_processors // tiles)
-    return max(1, min(wanted, triton.cdiv(num_rows, block_m)))
+    return max(1, min(wanted, cdiv(num_rows, block_m)))
 
 
 def rows_per_slice(num_rows: int, slices: int, block_m: int) -> int:
-    return triton.cdiv(triton.cdiv(num_rows, slices), block_m) * block_m
+    return cdiv(cdiv(num_rows, slices), block_m) * block_m
 
 
 def sum_slices(x: Tensor, slices: int) -> Tensor:  # [M, N] -> [slices, N]
     rows, columns = x.shape
     parts = x.new_empty((slices, columns), dtype=torch.float32)
-    grid = (slices * triton.cdiv(columns, CONFIG.BLOCK_N),)
+    grid = (slices * cdiv(columns, CONFIG.BLOCK_N),)
     _column_sums_kernel[grid](
         x,
         parts,
@@ -77,18 +81,19 @@ def sum_slices(x: Tensor, slices: int) -> Tensor:  # [M, N] -> [slices, N]
     return parts
 
 
-def column_sums(x: Tensor, sums: Tensor) -> None:
-    """Fill sums [N] float32 with those of the columns of x [M, N]."""
+def total(parts: Tensor) -> Tensor:  # [slices, N] -> [N]
+    """The sum of the parts: few, so that torch's launch costs less than one of ours."""
+    return parts[0] if parts.shape[0] == 1 else parts.sum(0)
+
+
+def column_sums(x: Tensor) -> Tensor:  # [M, N] -> [N] float32
     if x.numel() == 0:
-        sums.zero_()
-        return
-    slices = num_slices(*x.shape, CONFIG.BLOCK_M, CONFIG.BLOCK_N, x.device)
-    parts = sum_slices(x, slices)
-    sums.copy_((parts if slices == 1 else sum_slices(parts, 1))[0])
+        return x.new_zeros((x.shape[1],), dtype=torch.float32)
+    return total(sum_slices(x, num_slices(*x.shape, CONFIG.BLOCK_M, CONFIG.BLOCK_N, x.device)))
 
 
 def aot_cases() -> list[AotCase]:
-    """A bf16 gradient, and the partial sums of one."""
+    """A gradient in bf16 and in float32."""
     return [
         AotCase(
             _column_sums_kernel,

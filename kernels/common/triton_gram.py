@@ -10,7 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastssl.kernels.common.triton_utils import AotCase
+from fastssl.kernels.common.triton_utils import (
+    AotCase,
+    cdiv,
+)
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,7 @@ _TILES = {"BLOCK_N": CONFIG.BLOCK_N, "BLOCK_D": CONFIG.BLOCK_D, "num_warps": CON
 
 
 def _column_blocks(width: int) -> int:
-    return triton.cdiv(width, CONFIG.BLOCK_D)
+    return cdiv(width, CONFIG.BLOCK_D)
 
 
 def stats(views: list[Tensor]) -> Tensor:  # [V, 2, D]
@@ -217,7 +220,7 @@ def columns(
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Sum of a * b."""
-    parts = a.new_empty((triton.cdiv(a.numel(), CONFIG.CHUNK),))
+    parts = a.new_empty((cdiv(a.numel(), CONFIG.CHUNK),))
     _gram_dot_kernel[(parts.numel(),)](
         a, b, parts, a.numel(), CHUNK=CONFIG.CHUNK, num_warps=CONFIG.num_warps
     )
@@ -244,7 +247,7 @@ def combine(
     rows, width = p.shape
     products = dots(p, y) if project else factors
     out = p if dtype == torch.float32 else torch.empty_like(p, dtype=dtype)
-    _gram_combine_kernel[(_column_blocks(width) * triton.cdiv(rows, CONFIG.BLOCK_N),)](
+    _gram_combine_kernel[(_column_blocks(width) * cdiv(rows, CONFIG.BLOCK_N),)](
         *(p, y, y if other is None else other, factors, products, out, rows, width, project),
         TWO=other is not None,
         PROJECT=bool(project),

@@ -19,6 +19,16 @@ def device_properties(device: torch.device) -> DeviceProperties:
     return DeviceProperties(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def cdiv(x: int, y: int) -> int:
+    """triton.cdiv, which for numbers of the host takes 3 microseconds."""
+    return -(-x // y)
+
+
+def next_power_of_2(n: int) -> int:
+    """triton.next_power_of_2, likewise."""
+    return 1 << (n - 1).bit_length()
+
+
 def batch_slices(batch: int, programs_per_slice: int, num_processors: int) -> int:
     """Slices of the batch that give every processor about four programs."""
     return max(1, min(batch, 4 * num_processors // max(1, programs_per_slice)))

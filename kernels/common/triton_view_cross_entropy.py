@@ -7,11 +7,15 @@ csrc/cpu/view_cross_entropy.h.
 
 from dataclasses import dataclass
 
-import triton
 from torch import Tensor
 
 from fastssl.kernels.common import triton_view_kernels as kernels
-from fastssl.kernels.common.triton_utils import AotCase, device_properties
+from fastssl.kernels.common.triton_utils import (
+    AotCase,
+    cdiv,
+    device_properties,
+    next_power_of_2,
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ CONFIG = Config()
 
 
 def block_k(num_prototypes: int) -> int:
-    return min(CONFIG.BLOCK_K, max(16, triton.next_power_of_2(num_prototypes)))
+    return min(CONFIG.BLOCK_K, max(16, next_power_of_2(num_prototypes)))
 
 
 def num_slices(student: Tensor, chunks: int) -> int:
@@ -66,7 +70,7 @@ def fill_parts(
     num_student, batch, num_prototypes = student.shape
     num_teacher = teacher.shape[0]
     block = block_k(num_prototypes)
-    chunks = triton.cdiv(num_prototypes, block)
+    chunks = cdiv(num_prototypes, block)
     kernels.view_cross_entropy_parts_kernel[(slices * chunks,)](
         student,
         teacher,
@@ -85,7 +89,7 @@ def fill_parts(
         parts.shape[2],
         chunks,
         first_chunk,
-        triton.cdiv(batch, slices),
+        cdiv(batch, slices),
         _log_u_stride(log_u),
         student_temp,
         teacher_temp,
@@ -120,7 +124,7 @@ def collapse(
         parts.shape[2],
         columns,
         HAS_NUM_ROWS=num_rows is not None,
-        BLOCK_C=triton.next_power_of_2(parts.shape[2]),
+        BLOCK_C=next_power_of_2(parts.shape[2]),
         num_warps=1,
     )
 
@@ -153,8 +157,8 @@ def combine(
             batch,
             chunks,
             T=num_teacher,
-            BLOCK_T=triton.next_power_of_2(num_teacher),
-            BLOCK_C=triton.next_power_of_2(chunks),
+            BLOCK_T=next_power_of_2(num_teacher),
+            BLOCK_C=next_power_of_2(chunks),
             SKIP=skip_same_view,
             HAS_LOG_V=log_v is not None,
             HAS_NUM_ROWS=num_rows is not None,
@@ -201,7 +205,7 @@ def gradient(
     num_student, batch, num_prototypes = student.shape
     num_teacher = teacher.shape[0]
     block = block_k(num_prototypes)
-    chunks = triton.cdiv(num_prototypes, block)
+    chunks = cdiv(num_prototypes, block)
     if batch == 0:
         return
     kernels.view_cross_entropy_gradient_kernel[(batch * chunks,)](
@@ -289,8 +293,8 @@ def combine_cases(chunks: int) -> list[AotCase]:
                 | {"images_ptr": "*fp32"}
                 | _STATS
                 | _SIZES,
-                {"T": num_teacher, "BLOCK_T": triton.next_power_of_2(num_teacher)}
-                | {"BLOCK_C": triton.next_power_of_2(chunks), "SKIP": not masked}
+                {"T": num_teacher, "BLOCK_T": next_power_of_2(num_teacher)}
+                | {"BLOCK_C": next_power_of_2(chunks), "SKIP": not masked}
                 | {"HAS_LOG_V": masked, "HAS_NUM_ROWS": masked},
                 CONFIG.num_warps,
                 variant=variant,
@@ -314,7 +318,7 @@ def collapse_cases(columns: int) -> list[AotCase]:
         AotCase(
             kernels.view_cross_entropy_collapse_kernel,
             {"parts_ptr": "*fp32", "num_rows_ptr": "*i64", "columns": "i32"} | _SIZES,
-            {"HAS_NUM_ROWS": True, "BLOCK_C": triton.next_power_of_2(columns)},
+            {"HAS_NUM_ROWS": True, "BLOCK_C": next_power_of_2(columns)},
             num_warps=1,
         )
     ]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastssl.kernels.common import dispatch, products
-from fastssl.kernels.common.eager import direct
+from fastssl.kernels.common.eager import direct, filled
 from fastssl.kernels.gelu_mlp import reference
 
 
@@ -61,8 +61,7 @@ def gelu_mlp(
     )[0]
 
 
-@torch.library.custom_op("fastssl::gelu_mlp", mutates_args=())
-def _gelu_mlp(
+def _forward(
     x: Tensor,
     fc1_weight: Tensor,
     fc1_bias: Tensor | None,
@@ -71,9 +70,9 @@ def _gelu_mlp(
     dtype: torch.dtype,
     saves: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     """y, and for backward h = x fc1_weight^T and x, fc1_weight and fc2_weight in `dtype`; what is
-    not needed, or has the dtype already, is empty."""
+    not needed, or has the dtype already, is None."""
     own = [products.cast(value, dtype, backend) for value in (x, fc1_weight, fc2_weight)]
     h = products.multiply(products.rows_of(own[0]), own[1].t(), backend)
     activation = torch.empty_like(h) if saves else h
@@ -89,11 +88,23 @@ def _gelu_mlp(
     kept = _kept(x, fc1_weight, fc2_weight, dtype, saves)
     return (
         y.view(*x.shape[:-1], fc2_weight.shape[0]),
-        *(
-            value if keep else x.new_empty((0,), dtype=dtype)
-            for value, keep in zip(saved, kept, strict=True)
-        ),
+        *(value if keep else None for value, keep in zip(saved, kept, strict=True)),
     )
+
+
+@torch.library.custom_op("fastssl::gelu_mlp", mutates_args=())
+def _gelu_mlp(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    dtype: torch.dtype,
+    saves: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tensors = (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    return filled(_forward(*tensors, dtype, saves, backend), x, dtype)
 
 
 def _kept(
@@ -117,8 +128,7 @@ def _gelu_mlp_fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, dtype, saves, 
     )
 
 
-@torch.library.custom_op("fastssl::gelu_mlp_backward", mutates_args=())
-def _gelu_mlp_backward(
+def _gradients(
     dy: Tensor,
     x: Tensor | None,
     h: Tensor,
@@ -132,9 +142,9 @@ def _gelu_mlp_backward(
     dfc2_weight_dtype: torch.dtype | None,
     dfc2_bias_dtype: torch.dtype | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     """Gradients of x (of `shape`), fc1_weight, fc1_bias, fc2_weight and fc2_bias; those without a
-    dtype are not wanted, and empty."""
+    dtype are not wanted, and None."""
     dx = dfc1_weight = dfc1_bias = dfc2_weight = dfc2_bias = None
     dy = products.rows_of(dy)
     if dfc2_bias_dtype is not None:
@@ -153,8 +163,28 @@ def _gelu_mlp_backward(
     if dx_dtype is not None:
         dx = products.cast(products.multiply(dh, fc1_weight, backend), dx_dtype, backend)
         dx = dx.view(*shape)
-    grads = (dx, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias)
-    return tuple(dy.new_empty((0,)) if grad is None else grad for grad in grads)
+    return dx, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias
+
+
+@torch.library.custom_op("fastssl::gelu_mlp_backward", mutates_args=())
+def _gelu_mlp_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    h: Tensor,
+    fc1_weight: Tensor | None,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    shape: Sequence[int],
+    dx_dtype: torch.dtype | None,
+    dfc1_weight_dtype: torch.dtype | None,
+    dfc1_bias_dtype: torch.dtype | None,
+    dfc2_weight_dtype: torch.dtype | None,
+    dfc2_bias_dtype: torch.dtype | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    saved = (x, h, fc1_weight, fc1_bias, fc2_weight)
+    dtypes = (dx_dtype, dfc1_weight_dtype, dfc1_bias_dtype, dfc2_weight_dtype, dfc2_bias_dtype)
+    return filled(_gradients(dy, *saved, shape, *dtypes, backend), dy, dy.dtype)
 
 
 def _gelu_backward(
@@ -221,8 +251,8 @@ def _backward(ctx, dy, *_):
 
 
 _gelu_mlp.register_autograd(_backward, setup_context=_setup_context)
-_call = direct(_gelu_mlp, _setup_context, _backward)
-_call_backward = direct(_gelu_mlp_backward)
+_call = direct(_gelu_mlp, _setup_context, _backward, _forward)
+_call_backward = direct(_gelu_mlp_backward, body=_gradients)
 
 
 @register_flop_formula(torch.ops.fastssl.gelu_mlp)

@@ -6,16 +6,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastssl.kernels.common.triton_columns import num_slices, rows_per_slice, sum_slices
-from fastssl.kernels.common.triton_utils import AotCase
+from fastssl.kernels.common.triton_columns import num_slices, rows_per_slice, total
+from fastssl.kernels.common.triton_utils import (
+    AotCase,
+    cdiv,
+)
 
 
 @dataclass(frozen=True)
 class Config:
     """Tile of one program, in backward of one step of it: rows times columns."""
 
-    BLOCK_M: int = 8
-    BLOCK_H: int = 256
+    BLOCK_M: int = 16
+    BLOCK_H: int = 128
     num_warps: int = 4
 
 
@@ -96,7 +99,7 @@ def gelu_mlp_fwd(h: Tensor, bias: Tensor | None, out: Tensor) -> None:
     rows, columns = h.shape
     if h.numel() == 0:
         return
-    grid = (triton.cdiv(rows, CONFIG.BLOCK_M) * triton.cdiv(columns, CONFIG.BLOCK_H),)
+    grid = (cdiv(rows, CONFIG.BLOCK_M) * cdiv(columns, CONFIG.BLOCK_H),)
     _gelu_mlp_fwd_kernel[grid](
         h,
         h if bias is None else bias,
@@ -121,7 +124,7 @@ def gelu_mlp_bwd(h: Tensor, bias: Tensor | None, grad: Tensor, out: Tensor) -> T
     slices = num_slices(rows, columns, CONFIG.BLOCK_M, CONFIG.BLOCK_H, h.device)
     shape = (0,) if bias is None else (slices, columns)
     parts = h.new_empty(shape, dtype=bias.dtype if bias is not None else None)
-    grid = (slices * triton.cdiv(columns, CONFIG.BLOCK_H),)
+    grid = (slices * cdiv(columns, CONFIG.BLOCK_H),)
     _gelu_mlp_bwd_kernel[grid](
         h,
         h if bias is None else bias,
@@ -136,9 +139,7 @@ def gelu_mlp_bwd(h: Tensor, bias: Tensor | None, grad: Tensor, out: Tensor) -> T
         BLOCK_H=CONFIG.BLOCK_H,
         num_warps=CONFIG.num_warps,
     )
-    if bias is None:
-        return parts
-    return (parts if slices == 1 else sum_slices(parts, 1))[0]
+    return parts if bias is None else total(parts)
 
 
 def aot_cases() -> list[AotCase]:

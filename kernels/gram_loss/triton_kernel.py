@@ -17,7 +17,11 @@ from torch import Tensor
 from fastssl.kernels.common.contrastive import Rows
 from fastssl.kernels.common.contrastive_triton import prepare
 from fastssl.kernels.common.libraries import triton_interprets
-from fastssl.kernels.common.triton_utils import AotCase
+from fastssl.kernels.common.triton_utils import (
+    AotCase,
+    cdiv,
+    next_power_of_2,
+)
 
 __all__ = ["aot_cases", "compare", "prepare"]
 
@@ -279,7 +283,7 @@ def _gradient_options(student: torch.dtype, config: Config) -> dict[str, object]
 
 
 def _row_options(width: int) -> dict[str, int]:
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     return {"BLOCK_D": block, "num_warps": min(16, max(1, block // 256))}
 
 
@@ -302,8 +306,8 @@ def compare(
     columns = rows if others is None else others
     patches, count, width = len(student) // images, len(columns[0].values) // images, len(student.T)
     config = _choose(max(student.element_size(), teacher.element_size()), patches)
-    blocks = images * triton.cdiv(patches, config.BLOCK_R)
-    parts = student.new_empty((blocks, triton.cdiv(count, config.BLOCK_C)), dtype=torch.float32)
+    blocks = images * cdiv(patches, config.BLOCK_R)
+    parts = student.new_empty((blocks, cdiv(count, config.BLOCK_C)), dtype=torch.float32)
     panel = parts
     if gradient is not None:
         held = min(blocks, PANEL_BLOCKS) * config.BLOCK_R
@@ -317,7 +321,7 @@ def compare(
         held = min(PANEL_BLOCKS, blocks - block)
         for first in range(0, count, PANEL):
             part = (block, first, min(PANEL, count - first))
-            _gram_loss_tiles_kernel[(held * triton.cdiv(part[2], config.BLOCK_C),)](
+            _gram_loss_tiles_kernel[(held * cdiv(part[2], config.BLOCK_C),)](
                 *(*pointers, panel, parts, patches, count, *part),
                 D=width,
                 E=teacher.shape[1],
@@ -328,7 +332,7 @@ def compare(
                 **tile_options,
             )
             if gradient is not None:
-                _gram_loss_gradient_kernel[(held * triton.cdiv(width, config.BLOCK_D),)](
+                _gram_loss_gradient_kernel[(held * cdiv(width, config.BLOCK_D),)](
                     *(panel, columns[0].values, gradient, patches, count, *part, scale),
                     D=width,
                     ADDS=first > 0,

@@ -7,7 +7,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastssl.kernels.common.triton_philox import keyed_words, signed_word, uniform
-from fastssl.kernels.common.triton_utils import AotCase
+from fastssl.kernels.common.triton_utils import (
+    AotCase,
+    cdiv,
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def keyed_uniform(samples: Tensor, key: tuple[int, int], out: Tensor) -> None:
     batch, num = out.shape
     if out.numel() == 0:
         return
-    grid = (triton.cdiv(batch * triton.cdiv(num, 4), CONFIG.BLOCK),)
+    grid = (cdiv(batch * cdiv(num, 4), CONFIG.BLOCK),)
     key0, key1 = (signed_word(word) for word in key)
     _keyed_uniform_kernel[grid](
         samples, out, batch, num, key0, key1, BLOCK=CONFIG.BLOCK, num_warps=CONFIG.num_warps

@@ -8,7 +8,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastssl.kernels.common import libraries
-from fastssl.kernels.common.triton_utils import AotCase, device_properties
+from fastssl.kernels.common.triton_utils import (
+    AotCase,
+    cdiv,
+    device_properties,
+    next_power_of_2,
+)
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ def _koleo_gradient_kernel(
 
 
 def _row_options(dim: int) -> dict[str, int]:
-    block = triton.next_power_of_2(dim)
+    block = next_power_of_2(dim)
     return {"BLOCK_D": block, "num_warps": min(16, max(1, block // 256))}
 
 
@@ -144,11 +149,11 @@ def nearest(x: Tensor, unit: Tensor, norm: Tensor, first: int, count: int) -> Te
     )
     config = CONFIGS[2 if divides else 4]
     total, dim = x.shape
-    row_blocks, column_blocks = triton.cdiv(count, config.BLOCK_R), -(-total // config.BLOCK_C)
+    row_blocks, column_blocks = cdiv(count, config.BLOCK_R), -(-total // config.BLOCK_C)
     programs = WAVES * device_properties(x.device).num_processors
-    slices = min(column_blocks, triton.cdiv(programs, row_blocks))
-    columns_per_slice = triton.cdiv(column_blocks, slices) * config.BLOCK_C
-    slices = triton.cdiv(total, columns_per_slice)
+    slices = min(column_blocks, cdiv(programs, row_blocks))
+    columns_per_slice = cdiv(column_blocks, slices) * config.BLOCK_C
+    slices = cdiv(total, columns_per_slice)
     top = norm.new_empty((slices, count))
     index = torch.empty_like(top, dtype=torch.int32)
     _koleo_nearest_kernel[(row_blocks * slices,)](

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastssl.kernels.common import dispatch, products
-from fastssl.kernels.common.eager import direct
+from fastssl.kernels.common.eager import direct, filled
 from fastssl.kernels.linear import reference
 
 
@@ -48,19 +48,25 @@ def linear(
     return _call(x.contiguous(), weight.contiguous(), bias, dtype, name)[0]
 
 
-@torch.library.custom_op("fastssl::linear", mutates_args=())
-def _linear(
+def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and x and weight in `dtype`; the latter two empty where they have it already."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y, and x and weight in `dtype`; None where they have it already."""
     own_x = products.cast(x, dtype, backend)
     own_weight = products.cast(weight, dtype, backend)
     y = products.affine(products.rows_of(own_x), own_weight, bias, backend)
     return (
         y.view(*x.shape[:-1], weight.shape[0]),
-        x.new_empty((0,)) if own_x is x else own_x,
-        x.new_empty((0,)) if own_weight is weight else own_weight,
+        None if own_x is x else own_x,
+        None if own_weight is weight else own_weight,
     )
+
+
+@torch.library.custom_op("fastssl::linear", mutates_args=())
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return filled(_forward(x, weight, bias, dtype, backend), x, x.dtype)
 
 
 @_linear.register_fake
@@ -70,6 +76,32 @@ def _linear_fake(x, weight, bias, dtype, backend):
         x.new_empty((0,)) if x.dtype == dtype else x.new_empty(x.shape, dtype=dtype),
         x.new_empty((0,)) if weight.dtype == dtype else x.new_empty(weight.shape, dtype=dtype),
     )
+
+
+def _gradients(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    shape: Sequence[int],
+    dx_dtype: torch.dtype | None,
+    dweight_dtype: torch.dtype | None,
+    dbias_dtype: torch.dtype | None,
+    backend: str,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx of `shape`, dweight and dbias; those without a dtype are not wanted, and None."""
+    dx = dweight = dbias = None
+    dy = products.rows_of(dy)
+    # The dtypes are decided, whatever context backward is called in.
+    with torch.autocast(dy.device.type, enabled=False):
+        if dbias_dtype is not None:
+            dbias = products.column_sums(dy, backend).to(dbias_dtype)
+        if dweight_dtype is not None:
+            x = products.rows_of(x)
+            dweight = products.weight_gradient(dy, x, dweight_dtype, backend)
+        if dx_dtype is not None:
+            dx = products.cast(products.multiply(dy, weight, backend), dx_dtype, backend)
+            dx = dx.view(*shape)
+    return dx, dweight, dbias
 
 
 @torch.library.custom_op("fastssl::linear_backward", mutates_args=())
@@ -83,20 +115,8 @@ def _linear_backward(
     dbias_dtype: torch.dtype | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx of `shape`, dweight and dbias; those without a dtype are not wanted, and empty."""
-    dx = dweight = dbias = None
-    dy = products.rows_of(dy)
-    # The dtypes are decided, whatever context backward is called in.
-    with torch.autocast(dy.device.type, enabled=False):
-        if dbias_dtype is not None:
-            dbias = products.column_sums(dy, backend).to(dbias_dtype)
-        if dweight_dtype is not None:
-            x = products.rows_of(x)
-            dweight = products.weight_gradient(dy, x, dweight_dtype, backend)
-        if dx_dtype is not None:
-            dx = products.cast(products.multiply(dy, weight, backend), dx_dtype, backend)
-            dx = dx.view(*shape)
-    return tuple(dy.new_empty((0,)) if grad is None else grad for grad in (dx, dweight, dbias))
+    dtypes = (dx_dtype, dweight_dtype, dbias_dtype)
+    return filled(_gradients(dy, x, weight, shape, *dtypes, backend), dy, dy.dtype)
 
 
 @_linear_backward.register_fake
@@ -142,8 +162,8 @@ def _backward(ctx, dy, *_):
 
 
 _linear.register_autograd(_backward, setup_context=_setup_context)
-_call = direct(_linear, _setup_context, _backward)
-_call_backward = direct(_linear_backward)
+_call = direct(_linear, _setup_context, _backward, _forward)
+_call_backward = direct(_linear_backward, body=_gradients)
 
 
 @register_flop_formula(torch.ops.fastssl.linear)

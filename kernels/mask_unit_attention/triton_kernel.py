@@ -11,7 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastssl.kernels.common.libraries import triton_interprets
-from fastssl.kernels.common.triton_utils import AotCase
+from fastssl.kernels.common.triton_utils import (
+    AotCase,
+    cdiv,
+)
 from fastssl.kernels.mask_unit_attention.triton_blocks import (
     inner,
     load,
@@ -313,7 +316,7 @@ def mask_unit_attention_fwd(
     head_dim = out.shape[2] // num_heads
     num_units = qkv.shape[0] * qkv.shape[1] // unit_size
     plan = forward_plan(qkv.element_size(), head_dim, unit_size, q_stride)
-    programs = triton.cdiv(num_units, plan.units) * num_heads * plan.query_blocks
+    programs = cdiv(num_units, plan.units) * num_heads * plan.query_blocks
     _mask_unit_attention_fwd_kernel[(programs,)](
         *(qkv, out, num_units, num_heads, head_dim**-0.5), **_options(plan, qkv)
     )
@@ -328,7 +331,7 @@ def mask_unit_attention_bwd(
     head_dim = dout.shape[2] // num_heads
     num_units = qkv.shape[0] * qkv.shape[1] // unit_size
     plan, *others = backward_plans(qkv.element_size(), head_dim, unit_size, q_stride)
-    tiles = triton.cdiv(num_units, plan.units) * num_heads
+    tiles = cdiv(num_units, plan.units) * num_heads
     tensors, settings = (dout, qkv, dqkv), (num_units, num_heads, head_dim**-0.5)
     if not others:
         kernel = _mask_unit_attention_bwd_tile_kernel

@@ -6,7 +6,7 @@ D channels of a head, units of U tokens and U / S queries, P units in a tile.
 import functools
 from dataclasses import dataclass
 
-import triton
+from fastssl.kernels.common.triton_utils import cdiv, next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -64,25 +64,25 @@ class Plan:
     @property
     def query_blocks(self) -> int:
         queries = self.units * self.sizes["U"] // self.sizes["S"]
-        return triton.cdiv(queries, self.sizes["BLOCK_Q"])
+        return cdiv(queries, self.sizes["BLOCK_Q"])
 
     @property
     def key_blocks(self) -> int:
-        return triton.cdiv(self.units * self.sizes["U"], self.sizes["BLOCK_K"])
+        return cdiv(self.units * self.sizes["U"], self.sizes["BLOCK_K"])
 
 
 def _parts(head_dim: int) -> tuple[int, int]:
     """The powers of two that hold a head's channels, the second 0 where it would spare nothing."""
-    whole = max(SMALLEST_BLOCK, triton.next_power_of_2(head_dim))
-    rest = max(SMALLEST_PART, triton.next_power_of_2(max(1, head_dim - whole // 2)))
+    whole = max(SMALLEST_BLOCK, next_power_of_2(head_dim))
+    rest = max(SMALLEST_PART, next_power_of_2(max(1, head_dim - whole // 2)))
     return (whole // 2, rest) if whole // 2 + rest < whole else (whole, 0)
 
 
 @functools.cache
 def _plan(config: Config, tile: int, head_dim: int, unit_size: int, q_stride: int) -> Plan:
     parts, units = _parts(head_dim), max(1, tile // unit_size)
-    queries = max(SMALLEST_BLOCK, triton.next_power_of_2(units * unit_size // q_stride))
-    keys = max(SMALLEST_BLOCK, triton.next_power_of_2(units * unit_size))
+    queries = max(SMALLEST_BLOCK, next_power_of_2(units * unit_size // q_stride))
+    keys = max(SMALLEST_BLOCK, next_power_of_2(units * unit_size))
     sizes = {"U": unit_size, "S": q_stride, "P": units}
     sizes |= {"D": head_dim, "D1": parts[0], "D2": parts[1], "PRECISION": PRECISION}
     sizes |= {"BLOCK_Q": min(queries, config.BLOCK_Q), "BLOCK_K": min(keys, config.BLOCK_K)}

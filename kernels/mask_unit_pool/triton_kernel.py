@@ -6,7 +6,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastssl.kernels.common.triton_utils import AotCase
+from fastssl.kernels.common.triton_utils import (
+    AotCase,
+    cdiv,
+    next_power_of_2,
+)
 
 
 @dataclass(frozen=True)
@@ -95,9 +99,9 @@ def _mask_unit_pool_bwd_kernel(
 def _launch(pooled: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
     """The grid over [R, C], and the tile."""
     dim = pooled.shape[2]
-    block_c = min(CONFIG.BLOCK_C, triton.next_power_of_2(dim))
+    block_c = min(CONFIG.BLOCK_C, next_power_of_2(dim))
     rows = pooled.shape[0] * pooled.shape[1]
-    grid = triton.cdiv(rows, CONFIG.BLOCK_R), triton.cdiv(dim, block_c)
+    grid = cdiv(rows, CONFIG.BLOCK_R), cdiv(dim, block_c)
     return grid, {"BLOCK_R": CONFIG.BLOCK_R, "BLOCK_C": block_c, "num_warps": CONFIG.num_warps}
 
 

@@ -7,7 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastssl.kernels.common.triton_utils import AotCase, batch_slices, device_properties
+from fastssl.kernels.common.triton_utils import (
+    AotCase,
+    batch_slices,
+    cdiv,
+    device_properties,
+    next_power_of_2,
+)
 
 
 @dataclass(frozen=True)
@@ -104,8 +110,8 @@ def masked_gather_fwd(
     batch, num_rows, dim = out.shape
     if out.numel() == 0:
         return
-    block_d = min(CONFIG.BLOCK_D, triton.next_power_of_2(dim))
-    grid = (batch * triton.cdiv(num_rows, CONFIG.BLOCK_N), triton.cdiv(dim, block_d))
+    block_d = min(CONFIG.BLOCK_D, next_power_of_2(dim))
+    grid = (batch * cdiv(num_rows, CONFIG.BLOCK_N), cdiv(dim, block_d))
     _masked_gather_fwd_kernel[grid](
         x,
         ids_keep,
@@ -127,15 +133,15 @@ def masked_gather_bwd(
 ) -> Tensor | None:
     """Fill dx [B, P + N, D]; returns dpos [P + N, D] if wanted."""
     batch, num_rows, dim = dx.shape
-    block_d = min(CONFIG.BLOCK_D, triton.next_power_of_2(max(1, dim)))
-    tiles = triton.cdiv(num_rows, CONFIG.BLOCK_N)
-    columns = triton.cdiv(dim, block_d)
+    block_d = min(CONFIG.BLOCK_D, next_power_of_2(max(1, dim)))
+    tiles = cdiv(num_rows, CONFIG.BLOCK_N)
+    columns = cdiv(dim, block_d)
     slices = batch
     if wants_dpos:
         processors = device_properties(dx.device).num_processors
         slices = batch_slices(batch, tiles * columns, processors)
-    images_per_slice = triton.cdiv(batch, max(1, slices))
-    slices = triton.cdiv(batch, max(1, images_per_slice))
+    images_per_slice = cdiv(batch, max(1, slices))
+    slices = cdiv(batch, max(1, images_per_slice))
     dpos = None
     if wants_dpos:
         dpos = dx.new_empty((slices, num_rows, dim), dtype=torch.float32)

@@ -7,7 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastssl.kernels.common.triton_utils import AotCase
+from fastssl.kernels.common.triton_utils import (
+    AotCase,
+    next_power_of_2,
+)
 from fastssl.kernels.masked_patch_mse.reference import EPS
 
 _EPS = tl.constexpr(EPS)
@@ -218,7 +221,7 @@ def _constexprs(
     channels: int, patch_size: Sequence[int], channels_last: bool, norm: bool
 ) -> dict[str, object]:
     frames, height, width = patch_size
-    block = triton.next_power_of_2(channels * frames * height * width)
+    block = next_power_of_2(channels * frames * height * width)
     patch = {"C": channels, "PT": frames, "PH": height, "PW": width}
     return {**patch, "CHANNELS_LAST": channels_last, "NORM": norm, "BLOCK_P": block}
 

@@ -7,7 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastssl.kernels.common.triton_utils import AotCase, batch_slices, device_properties
+from fastssl.kernels.common.triton_utils import (
+    AotCase,
+    batch_slices,
+    cdiv,
+    device_properties,
+    next_power_of_2,
+)
 
 
 @dataclass(frozen=True)
@@ -125,8 +131,8 @@ def masked_scatter_fwd(
     batch, num_rows, dim = out.shape
     if out.numel() == 0:
         return
-    block_d = min(CONFIG.BLOCK_D, triton.next_power_of_2(dim))
-    grid = (batch * triton.cdiv(num_rows, CONFIG.BLOCK_N), triton.cdiv(dim, block_d))
+    block_d = min(CONFIG.BLOCK_D, next_power_of_2(dim))
+    grid = (batch * cdiv(num_rows, CONFIG.BLOCK_N), cdiv(dim, block_d))
     _masked_scatter_fwd_kernel[grid](
         x,
         mask_token,
@@ -154,12 +160,12 @@ def masked_scatter_bwd(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Fill dx [B, P + K, D]; returns dmask_token [D] and dpos [P + N, D] where wanted."""
     batch, num_rows, dim = dout.shape
-    block_d = min(CONFIG.BLOCK_D, triton.next_power_of_2(max(1, dim)))
-    tiles = triton.cdiv(num_rows, CONFIG.BLOCK_N)
-    columns = triton.cdiv(dim, block_d)
+    block_d = min(CONFIG.BLOCK_D, next_power_of_2(max(1, dim)))
+    tiles = cdiv(num_rows, CONFIG.BLOCK_N)
+    columns = cdiv(dim, block_d)
     slices = batch_slices(batch, tiles * columns, device_properties(dout.device).num_processors)
-    images_per_slice = triton.cdiv(batch, slices)
-    slices = triton.cdiv(batch, max(1, images_per_slice))
+    images_per_slice = cdiv(batch, slices)
+    slices = cdiv(batch, max(1, images_per_slice))
     dmask = dpos = None
     if wants_dmask_token:
         dmask = dout.new_empty((slices, tiles, dim), dtype=torch.float32)

@@ -9,7 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastssl.kernels.common.triton_utils import AotCase
+from fastssl.kernels.common.triton_utils import (
+    AotCase,
+    cdiv,
+    next_power_of_2,
+)
 from fastssl.kernels.masked_unfold.geometry import unit_grid
 
 
@@ -212,8 +216,8 @@ def masked_unfold_fwd(
     geometry = (kernel_size, stride, padding, unit_size)
     units = unit_grid(images.shape[2:], *geometry)
     num_tokens, num_columns = out.shape[0] * out.shape[1], out.shape[2]
-    block_c = min(CONFIG.BLOCK_C, triton.next_power_of_2(num_columns))
-    grid = (triton.cdiv(num_tokens, CONFIG.BLOCK_N), triton.cdiv(num_columns, block_c))
+    block_c = min(CONFIG.BLOCK_C, next_power_of_2(num_columns))
+    grid = (cdiv(num_tokens, CONFIG.BLOCK_N), cdiv(num_columns, block_c))
     _masked_unfold_fwd_kernel[grid](
         images,
         ids_keep,
@@ -251,8 +255,8 @@ def masked_unfold_bwd(
     batch, channels, *sizes = dimages.shape
     geometry = (kernel_size, stride, padding, unit_size)
     units = unit_grid(sizes, *geometry)
-    block_ch = min(4, triton.next_power_of_2(channels))
-    grid = (batch * triton.cdiv(math.prod(sizes), CONFIG.BLOCK_P), triton.cdiv(channels, block_ch))
+    block_ch = min(4, next_power_of_2(channels))
+    grid = (batch * cdiv(math.prod(sizes), CONFIG.BLOCK_P), cdiv(channels, block_ch))
     _masked_unfold_bwd_kernel[grid](
         dout,
         unit_ranks(ids_keep, math.prod(units)),

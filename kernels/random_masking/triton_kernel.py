@@ -11,7 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastssl.kernels.common.triton_utils import AotCase
+from fastssl.kernels.common.triton_utils import (
+    AotCase,
+    cdiv,
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def random_masking(noise: Tensor, ids_keep: Tensor, ids_restore: Tensor, mask: T
     batch, num_tokens = noise.shape
     if noise.numel() == 0:
         return
-    _random_masking_kernel[(batch * triton.cdiv(num_tokens, CONFIG.BLOCK),)](
+    _random_masking_kernel[(batch * cdiv(num_tokens, CONFIG.BLOCK),)](
         noise,
         ids_keep,
         ids_restore,

@@ -12,7 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastssl.kernels.common.triton_utils import AotCase, device_properties
+from fastssl.kernels.common.triton_utils import (
+    AotCase,
+    cdiv,
+    device_properties,
+    next_power_of_2,
+)
 
 
 @dataclass(frozen=True)
@@ -211,11 +216,11 @@ def _sinkhorn_column_sums_kernel(
 def _slices(logits: Tensor) -> tuple[int, int, int]:
     """Slices of the rows of a column pass, rows in each, programs in all."""
     batch, num_prototypes = logits.shape
-    blocks = triton.cdiv(num_prototypes, CONFIG.BLOCK_K)
-    wanted = triton.cdiv(CONFIG.waves * device_properties(logits.device).num_processors, blocks)
-    tiles = max(1, triton.cdiv(batch, CONFIG.BLOCK_B))
-    rows = triton.cdiv(tiles, min(tiles, wanted)) * CONFIG.BLOCK_B
-    slices = max(1, triton.cdiv(batch, rows))
+    blocks = cdiv(num_prototypes, CONFIG.BLOCK_K)
+    wanted = cdiv(CONFIG.waves * device_properties(logits.device).num_processors, blocks)
+    tiles = max(1, cdiv(batch, CONFIG.BLOCK_B))
+    rows = cdiv(tiles, min(tiles, wanted)) * CONFIG.BLOCK_B
+    slices = max(1, cdiv(batch, rows))
     return slices, rows, slices * blocks
 
 
@@ -253,7 +258,7 @@ def move(old: Tensor, new: Tensor, factor: float, sums: Tensor) -> None:
 
 def _divide(anchor: Tensor, offset: Tensor, sums: Tensor) -> None:
     num_prototypes = sums.shape[0]
-    _sinkhorn_divide_kernel[(triton.cdiv(num_prototypes, 1024),)](
+    _sinkhorn_divide_kernel[(cdiv(num_prototypes, 1024),)](
         anchor, offset, sums, num_prototypes, LOWEST=_LOWEST, BLOCK=1024, num_warps=4
     )
 
@@ -287,7 +292,7 @@ def _row_pass(
         IS_LAST=stats is None,
         HAS_ASSIGNMENT=assignment is not None,
         HAS_NUM_ROWS=num_rows is not None,
-        BLOCK=min(CONFIG.ROW_BLOCK, triton.next_power_of_2(num_prototypes)),
+        BLOCK=min(CONFIG.ROW_BLOCK, next_power_of_2(num_prototypes)),
         num_warps=CONFIG.row_num_warps,
     )
 

@@ -11,6 +11,7 @@ from tests.kernels.test_koleo import Sizes
 from tests.kernels.util import (
     DTYPES,
     assert_close_to_truth,
+    backends_on_ranks,
     compiled_backends,
     device_of,
     gradients,
@@ -25,7 +26,6 @@ IMAGES, PATCHES = 4, 6
 
 
 # Workers compute on the CPU, where triton interprets.
-RANK_BACKENDS = [b for b in BACKENDS if "triton" not in b.values or not torch.cuda.is_available()]
 
 
 def make_features(dtype=torch.float64):
@@ -262,7 +262,7 @@ WORLDS = [1, 2, pytest.param(4, marks=pytest.mark.slow)]
 # Two blocks of cpp's patches on each of two ranks, and more of triton's.
 @pytest.mark.parametrize("world_size", WORLDS)
 @pytest.mark.parametrize("img_level", [True, False])
-@pytest.mark.parametrize("backend", ["reference", *RANK_BACKENDS])
+@pytest.mark.parametrize("backend", backends_on_ranks("gram_loss"))
 def test_ranks_equal_one_process(gloo_pool, backend, img_level, world_size):
     features = torch.randn(4, 70, 5), torch.randn(4, 70, 7)
     student, teacher = (x.double() for x in features)
@@ -275,7 +275,7 @@ def test_ranks_equal_one_process(gloo_pool, backend, img_level, world_size):
     torch.testing.assert_close(actual[1], gradient, rtol=1e-5, atol=atol)
 
 
-@pytest.mark.parametrize("backend", RANK_BACKENDS)
+@pytest.mark.parametrize("backend", backends_on_ranks("gram_loss"))
 @pytest.mark.parametrize("compiled", [False, True])
 def test_ranks_that_weigh_the_loss_differently(gloo_pool, compiled, backend):
     features = torch.randn(4, 3, 5), torch.randn(4, 3, 7)

@@ -17,6 +17,7 @@ from tests.kernels.util import (
     ATOL,
     DTYPES,
     assert_close_to_truth,
+    backends_on_ranks,
     compiled_backends,
     device_of,
     to_double,
@@ -446,7 +447,7 @@ def _one_process(queries, keys, negatives, in_batch, parts):
     return loss, [p.grad for p in model.parameters()]
 
 
-@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("backend", backends_on_ranks("info_nce"))
 @pytest.mark.parametrize(
     ("world", "parts", "how"),
     [(1, 1, ""), (2, 1, ""), (2, 2, "group"), (4, 1, ""), (2, 1, "compiled")],

@@ -18,6 +18,7 @@ from tests.kernels.util import (
     ATOL,
     DTYPES,
     assert_close_to_truth,
+    backends_on_ranks,
     compiled_backends,
     device_of,
     to_double,
@@ -351,7 +352,7 @@ class Model(nn.Module):
         return F.nt_xent(z0, z1, temperature=self.temperature, backend=self.backend)
 
 
-@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("backend", backends_on_ranks("nt_xent"))
 @pytest.mark.parametrize(
     ("world", "wrap", "parts", "temperature"),
     [
@@ -389,7 +390,7 @@ def _unequal_losses(z0, z1, backend):
     return torch.autograd.grad((1 + rank) * loss, views)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_on_ranks("nt_xent"))
 def test_ranks_may_weigh_their_losses(gloo_pool, backend):
     z0, z1 = make_views((6, 5))
     expected = gloo_pool.run(_unequal_losses, 2, z0, z1, "reference")

@@ -11,6 +11,7 @@ from tests.kernels.util import (
     DEVICE,
     DTYPES,
     assert_close_to_truth,
+    backends_on_ranks,
     compiled_backends,
     device_of,
 )
@@ -20,7 +21,6 @@ BACKENDS = compiled_backends("sinkhorn_knopp")
 COMPILED = [p for p in BACKENDS if p.values[0] == "cpp" or DEVICE.type == "cuda"]
 ALL = ["reference", *BACKENDS]
 # The ranks of the pool hold CPU tensors.
-ON_RANKS = [p for p in BACKENDS if device_of(p.values[0]).type == "cpu"]
 # Numpy warns, in Triton's interpreter, of -max * factor = -inf.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in multiply:RuntimeWarning")
 # B, K: ones, primes, more samples than prototypes and fewer, several tiles of either.
@@ -358,7 +358,7 @@ def run_on_ranks(logits, split, backend, how):
 
 
 @pytest.mark.parametrize("how", ["group", "num_rows", "compiled"])
-@pytest.mark.parametrize("backend", ["reference", *ON_RANKS])
+@pytest.mark.parametrize("backend", backends_on_ranks("sinkhorn_knopp"))
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 def test_ranks_equal_one_process(gloo_pool, split, backend, how):
     logits = make_logits((14, 31))
@@ -395,7 +395,7 @@ def count_messages(logits, backend):
     return sizes
 
 
-@pytest.mark.parametrize("backend", ON_RANKS)
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
 def test_what_travels_between_ranks(gloo_pool, backend):
     for sizes in gloo_pool.run(count_messages, 2, make_logits((6, 31)), backend):
         assert sizes == [("all_reduce_max", (31,))] + [("all_reduce_sum", (31,))] * 3

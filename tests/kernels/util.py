@@ -33,6 +33,11 @@ def compiled_backends(op: str) -> list:
     return params
 
 
+def backends_on_ranks(op: str) -> list[str]:
+    """Those that run in gloo_pool's workers, which are on the CPU and interpret Triton."""
+    return [name for name in OPS[op].backends if name != "cuda"]
+
+
 def device_of(backend: str) -> torch.device:
     return torch.device("cpu") if backend == "cpp" else DEVICE
 

@@ -6,6 +6,7 @@ import types
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from fastssl import functional
@@ -97,6 +98,26 @@ def test_what_a_processor_is_given(kind, dtype, training, chosen, monkeypatch):
     q, k, v = qkv.view(2, 8, 3, 3, 4).permute(2, 0, 3, 1, 4).double()
     expected = fused(q, k, v).transpose(1, 2).flatten(2)
     torch.testing.assert_close(out.double(), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "training", "width", "tokens", "chosen"),
+    [
+        (torch.bfloat16, False, 64, 64, True),
+        (torch.bfloat16, False, 64, 65, False),
+        (torch.bfloat16, True, 72, 96, True),
+        (torch.float16, True, 72, 97, False),
+        (torch.bfloat16, True, 32, 256, True),
+        (torch.bfloat16, True, 32, 257, False),
+        (torch.float32, True, 32, 65, False),
+    ],
+)
+def test_what_a_gpu_is_given(dtype, training, width, tokens, chosen):
+    with FakeTensorMode():
+        qkv = torch.empty(
+            2, tokens, 3 * 2 * width, device="cuda", dtype=dtype, requires_grad=training
+        )
+        assert sdpa._prefers_kernels(qkv, 2, tokens, 1) == chosen
 
 
 def test_replaced_and_hooked_layers_are_called():
