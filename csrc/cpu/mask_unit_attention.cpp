@@ -1,11 +1,14 @@
 // mask_unit_attention: attention within units of consecutive tokens, from the packed projection to
 // the next one's input; see kernels/mask_unit_attention.
 //
-// A task is a group of units and one head. In bfloat16 on processors with tile registers it is
-// mask_unit_attention_amx.h's, otherwise it is computed here in float32.
+// A task is a group of units and one head. In bfloat16 on processors that multiply it, it is
+// mask_unit_attention_bf16.h's, otherwise it is computed here in float32.
+#include <optional>
+#include <string>
+
 #include <torch/csrc/stable/ops.h>
 
-#include "mask_unit_attention_amx.h"
+#include "mask_unit_attention_bf16.h"
 #include "small_product.h"
 
 namespace fastssl {
@@ -212,12 +215,19 @@ FASTSSL_INLINE void backward(const Geometry& g, const Operands& o, const T* dout
   }
 }
 
-bool uses_tiles([[maybe_unused]] ScalarType type) {
-#ifdef FASTSSL_HAS_AMX
-  return type == ScalarType::BFloat16 && amx::available();
-#else
-  return false;
+// "tiles", "dots" or "none": what multiplies bfloat16.
+std::string bf16_unit() {
+#ifdef FASTSSL_HAS_PAIRS
+  switch (pairs::best_unit()) {
+    case pairs::Unit::tiles:
+      return "tiles";
+    case pairs::Unit::dots:
+      return "dots";
+    case pairs::Unit::none:
+      break;
+  }
 #endif
+  return "none";
 }
 
 // Where a task's tokens and queries are: offsets of its first ones' channels of its head.
@@ -231,19 +241,20 @@ Task task_of(const Geometry& g, int64_t num_units, int64_t task) {
           unit * g.unit_queries() * g.dim() + head};
 }
 
-#ifdef FASTSSL_HAS_AMX
-FASTSSL_AMX void run_tiles(const Geometry& g, const uint16_t* dout, const uint16_t* tokens,
-                           int64_t num_units, uint16_t* out, uint8_t* scratch, Range tasks) {
-  amx::Buffers buffers;
-  amx::lay_out(g, dout != nullptr, scratch, &buffers);
-  const amx::Tiles tiles;
+#ifdef FASTSSL_HAS_PAIRS
+FASTSSL_PAIRS void run_pairs(const Geometry& g, const uint16_t* dout, const uint16_t* tokens,
+                             int64_t num_units, uint16_t* out, uint8_t* scratch, Range tasks) {
+  pairs::Buffers buffers;
+  pairs::lay_out(g, dout != nullptr, scratch, &buffers);
+  std::optional<pairs::Tiles> tiles;
+  if (pairs::best_unit() == pairs::Unit::tiles) tiles.emplace();
   for (int64_t i = tasks.begin; i < tasks.end; ++i) {
     const Task task = task_of(g, num_units, i);
     if (dout) {
-      amx::backward(g, buffers, dout + task.query, tokens + task.token, task.units,
-                    out + task.token);
+      pairs::backward(g, buffers, dout + task.query, tokens + task.token, task.units,
+                      out + task.token);
     } else {
-      amx::forward(g, buffers, tokens + task.token, task.units, out + task.query);
+      pairs::forward(g, buffers, tokens + task.token, task.units, out + task.query);
     }
   }
 }
@@ -275,9 +286,9 @@ void run(const std::optional<Tensor>& dout, const Tensor& qkv, int64_t heads, in
   Geometry g{heads, channels / (3 * heads), unit_size, q_stride, 1};
   STD_TORCH_CHECK(out.numel() == (dout ? qkv.numel() : tokens / q_stride * g.dim()),
                   "out has a wrong size");
-  const bool tiles = uses_tiles(qkv.scalar_type());
+  const bool pairs = qkv.scalar_type() == ScalarType::BFloat16 && bf16_unit() != "none";
   // Small units share the rows of a tile, or of a vector.
-  const int64_t least = tiles ? 32 : kVector;
+  const int64_t least = pairs && bf16_unit() == "tiles" ? 32 : kVector;
   g.group = std::max<int64_t>(1, (least + unit_size - 1) / unit_size);
   const int64_t num_units = tokens / unit_size;
   const int64_t tasks = (num_units + g.group - 1) / g.group * heads;
@@ -285,12 +296,12 @@ void run(const std::optional<Tensor>& dout, const Tensor& qkv, int64_t heads, in
   const int64_t workers = std::min(tasks, num_threads);
   const bool backward = dout.has_value();
   int64_t bytes;
-#ifdef FASTSSL_HAS_AMX
-  amx::Buffers buffers;
-  if (tiles) bytes = amx::lay_out(g, backward, nullptr, &buffers);
+#ifdef FASTSSL_HAS_PAIRS
+  pairs::Buffers buffers;
+  if (pairs) bytes = pairs::lay_out(g, backward, nullptr, &buffers);
 #endif
   Operands operands;
-  if (!tiles) bytes = lay_out(g, backward, nullptr, &operands);
+  if (!pairs) bytes = lay_out(g, backward, nullptr, &operands);
   bytes = (bytes + 4095) / 4096 * 4096 + 64;
   Tensor scratch = torch::stable::new_empty(qkv, {workers, bytes}, ScalarType::Byte);
   uint8_t* scratch_ptr = output<uint8_t>(scratch);
@@ -300,12 +311,12 @@ void run(const std::optional<Tensor>& dout, const Tensor& qkv, int64_t heads, in
     using T = std::remove_reference_t<decltype(*type)>;
     const T *dout_ptr = backward ? input<T>(*dout) : nullptr, *qkv_ptr = input<T>(qkv);
     T* out_ptr = output<T>(out);
-#ifdef FASTSSL_HAS_AMX
-    if (tiles) {
+#ifdef FASTSSL_HAS_PAIRS
+    if (pairs) {
       torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
         for (int64_t w = begin; w < end; ++w) {
           const auto words = [](auto* pointer) { return (uint16_t*)(pointer); };
-          run_tiles(g, words(dout_ptr), words(qkv_ptr), num_units, words(out_ptr),
+          run_pairs(g, words(dout_ptr), words(qkv_ptr), num_units, words(out_ptr),
                     scratch_ptr + w * step, part_of(tasks, w, workers));
         }
       });
@@ -321,8 +332,6 @@ void run(const std::optional<Tensor>& dout, const Tensor& qkv, int64_t heads, in
   });
 }
 
-bool has_tiles() { return uses_tiles(ScalarType::BFloat16); }
-
 void mask_unit_attention_fwd(Tensor qkv, int64_t heads, int64_t unit_size, int64_t q_stride,
                              int64_t num_threads, Tensor out) {
   run(std::nullopt, qkv, heads, unit_size, q_stride, num_threads, out);
@@ -336,7 +345,7 @@ void mask_unit_attention_bwd(Tensor dout, Tensor qkv, int64_t heads, int64_t uni
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastssl_csrc, m) {
-  m.def("has_tiles() -> bool");
+  m.def("bf16_unit() -> str");
   m.def(
       "mask_unit_attention_fwd(Tensor qkv, int num_heads, int unit_size, int q_stride, "
       "int num_threads, Tensor(a!) out) -> ()");
@@ -346,7 +355,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastssl_csrc, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastssl_csrc, CompositeExplicitAutograd, m) {
-  m.impl("has_tiles", TORCH_BOX(&has_tiles));
+  m.impl("bf16_unit", TORCH_BOX(&bf16_unit));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastssl_csrc, CPU, m) {

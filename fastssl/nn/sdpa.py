@@ -20,15 +20,21 @@ MAX_EXPLICIT_KEYS = 1024
 # CPU with pooling in every dtype, else by its kind; on a GPU (H100, torch 2.11) without gradients,
 # in training with heads of any width, and there with those of a power of two.
 MAX_FUSED_KEYS = {"cpu": 256, "cuda": 64, "cuda training": 96, "cuda training, 2^n": 256}
-# Measured on an Intel Xeon with AMX, and on an AMD EPYC with AVX-512 where in float32 torch's fused
-# attention takes 1.3 to 1.8 times as long, and in bfloat16 written-out scores are the fastest.
-FUSED_DTYPES = {"tiles": (torch.bfloat16,), "avx512": (torch.float32,), "other": ()}
+# Measured on an Intel Xeon with AMX (tiles), and on an AMD EPYC with AVX-512 BF16 (dots), with and
+# without the latter: in float32 torch's fused attention takes 1.3 to 1.8 times as long.
+FUSED_DTYPES = {
+    "tiles": (torch.bfloat16,),
+    "dots": (torch.bfloat16, torch.float32),
+    "avx512": (torch.float32,),
+    "other": (),
+}
 
 
 @torch.compiler.assume_constant_result
 def _cpu_kind() -> str:
-    if libraries.has_tiles():
-        return "tiles"
+    unit = libraries.bf16_unit()
+    if unit != "none":
+        return unit
     return "avx512" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "other"
 
 
@@ -61,7 +67,7 @@ def _prefers_scores(q: Tensor, num_keys: int) -> bool:
         return False
     if torch.is_grad_enabled() and q.requires_grad:
         return True
-    return q.dtype == torch.bfloat16 and _cpu_kind() == "avx512" and _has_bf16_products()
+    return q.dtype == torch.bfloat16 and _cpu_kind() in ("dots", "avx512") and _has_bf16_products()
 
 
 def self_attention(

@@ -20,9 +20,10 @@ def why_no_cpp_library() -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def has_tiles() -> bool:
-    """Whether the CPU library multiplies bfloat16 on tile registers (Intel's AMX)."""
-    return _load_cpp_library() is None and torch.ops.fastssl_csrc.has_tiles()
+def bf16_unit() -> str:
+    """What the CPU library multiplies bfloat16 on: "tiles" (Intel's AMX), "dots" of pairs (AVX-512
+    BF16), or "none"."""
+    return torch.ops.fastssl_csrc.bf16_unit() if _load_cpp_library() is None else "none"
 
 
 @torch.compiler.assume_constant_result

@@ -1,5 +1,6 @@
 // Products of bfloat16 matrices that live in the cache, on the tile registers of Intel processors
-// (AMX), and the rearrangements that their operands need.
+// (AMX) or by dot products of pairs (AVX-512 BF16), and the rearrangements that their operands
+// need.
 //
 // A tile product adds A [16, 32] times B [32, 16] to C [16, 16], with B given as [16, 16] pairs:
 // two consecutive rows of one column make a 32-bit word. Matrices here are padded with zeros to
@@ -10,7 +11,7 @@
 
 #if defined(__x86_64__) && defined(__linux__) && \
     (defined(__clang__) ? __clang_major__ >= 14 : defined(__GNUC__) && __GNUC__ >= 12)
-#define FASTSSL_HAS_AMX 1
+#define FASTSSL_HAS_PAIRS 1
 
 #include <cpuid.h>
 // GCC's own headers leave the lanes that an instruction does not merge undefined, and GCC 12 warns.
@@ -22,30 +23,34 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define FASTSSL_AMX \
+#define FASTSSL_PAIRS \
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,fma")))
 
-namespace fastssl::amx {
+namespace fastssl::pairs {
 
-// Whether the processor has the instructions and the system lets this process use the tiles.
-inline bool available() {
-  static const bool usable = [] {
-    if (best_isa() != Isa::avx512) return false;
+// What multiplies pairs: no instruction, dot products of vectors, or tiles.
+enum class Unit { none, dots, tiles };
+
+// The best that the processor has and the system lets this process use.
+inline Unit best_unit() {
+  static const Unit unit = [] {
+    if (best_isa() != Isa::avx512) return Unit::none;
     unsigned a, b, c, d;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-    if (!(d >> 22 & 1u) || !(d >> 24 & 1u)) return false;  // amx-bf16, amx-tile
-    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1u)) return false;  // avx512-bf16
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1u)) return Unit::none;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return Unit::dots;
+    if (!(d >> 22 & 1u) || !(d >> 24 & 1u)) return Unit::dots;  // amx-bf16, amx-tile
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
-    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    const bool allowed = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    return allowed ? Unit::tiles : Unit::dots;
   }();
-  return usable;
+  return unit;
 }
 
 // Eight tiles of 16 rows of 64 bytes, for as long as this lives. What the thread had configured
 // comes back afterwards: oneDNN remembers its configuration instead of loading it for each product.
 class Tiles {
  public:
-  FASTSSL_AMX Tiles() {
+  FASTSSL_PAIRS Tiles() {
     _tile_storeconfig(before_);
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -55,7 +60,7 @@ class Tiles {
     static_assert(sizeof(config) == 64);
     _tile_loadconfig(&config);
   }
-  FASTSSL_AMX ~Tiles() {
+  FASTSSL_PAIRS ~Tiles() {
     if (before_[0] == 0) {
       _tile_release();
     } else {
@@ -71,8 +76,8 @@ class Tiles {
 
 // C [16 or 32, 16 or 32] = A B over K, which is a multiple of 32.
 template <bool kTwoRows, bool kTwoColumns>
-FASTSSL_AMX inline void multiply_block(const uint16_t* a, int64_t lda, const uint32_t* b,
-                                       int64_t ldb, float* c, int64_t ldc, int64_t K) {
+FASTSSL_PAIRS inline void multiply_block(const uint16_t* a, int64_t lda, const uint32_t* b,
+                                         int64_t ldb, float* c, int64_t ldc, int64_t K) {
   _tile_zero(0);
   if (kTwoColumns) _tile_zero(1);
   if (kTwoRows) _tile_zero(2);
@@ -97,9 +102,70 @@ FASTSSL_AMX inline void multiply_block(const uint16_t* a, int64_t lda, const uin
   if (kTwoRows && kTwoColumns) _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
 }
 
-// C [M, N] = A [M, K] B [K, N], M and N multiples of 16 and K of 32; B in pairs [K / 2, N].
-FASTSSL_AMX inline void multiply(const uint16_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
-                                 float* c, int64_t ldc, int64_t M, int64_t N, int64_t K) {
+// C [kRows, 16 * kVectors] = A B over K, which is even.
+template <int kRows, int kVectors>
+FASTSSL_PAIRS inline void dot_block(const uint16_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
+                                    float* c, int64_t ldc, int64_t K) {
+  __m512 sums[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_setzero_ps();
+  }
+  for (int64_t k = 0; k < K; k += 2) {
+    __m512bh columns[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      columns[v] = (__m512bh)_mm512_loadu_si512(b + k / 2 * ldb + 16 * v);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      int32_t pair;
+      std::memcpy(&pair, a + r * lda + k, sizeof(pair));
+      const __m512bh row = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        sums[r][v] = _mm512_dpbf16_ps(sums[r][v], row, columns[v]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(c + r * ldc + 16 * v, sums[r][v]);
+  }
+}
+
+// C [M, N] = A [M, K] B [K, N] by dot products, in blocks that keep 16 sums on their way.
+FASTSSL_PAIRS inline void multiply_dots(const uint16_t* a, int64_t lda, const uint32_t* b,
+                                        int64_t ldb, float* c, int64_t ldc, int64_t M, int64_t N,
+                                        int64_t K) {
+  for (int64_t n = 0; n < N; n += 32) {
+    int64_t m = 0;
+    if (n + 16 < N) {
+      for (; m < M; m += 8) {
+        dot_block<8, 2>(a + m * lda, lda, b + n, ldb, c + m * ldc + n, ldc, K);
+      }
+      continue;
+    }
+    for (; m + 16 <= M; m += 16) {
+      dot_block<16, 1>(a + m * lda, lda, b + n, ldb, c + m * ldc + n, ldc, K);
+    }
+    if (m < M) dot_block<8, 1>(a + m * lda, lda, b + n, ldb, c + m * ldc + n, ldc, K);
+  }
+}
+
+// Of what a product's sizes are multiples: rows and depth; columns are always of 16.
+struct Grain {
+  int64_t rows, depth;
+};
+
+inline Grain grain() { return best_unit() == Unit::tiles ? Grain{16, 32} : Grain{8, 2}; }
+
+// C [M, N] = A [M, K] B [K, N], sizes as `grain` says; B in pairs [K / 2, N].
+FASTSSL_PAIRS inline void multiply(const uint16_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
+                                   float* c, int64_t ldc, int64_t M, int64_t N, int64_t K) {
+  if (best_unit() == Unit::dots) return multiply_dots(a, lda, b, ldb, c, ldc, M, N, K);
   for (int64_t m = 0; m < M; m += 32) {
     const uint16_t* rows = a + m * lda;
     for (int64_t n = 0; n < N; n += 32) {
@@ -118,16 +184,16 @@ FASTSSL_AMX inline void multiply(const uint16_t* a, int64_t lda, const uint32_t*
   }
 }
 
-FASTSSL_AMX inline __mmask32 first_words(int64_t count) {
+FASTSSL_PAIRS inline __mmask32 first_words(int64_t count) {
   return count >= 32 ? ~__mmask32(0) : (__mmask32(1) << count) - 1;
 }
-FASTSSL_AMX inline __mmask16 first_lanes(int64_t count) {
+FASTSSL_PAIRS inline __mmask16 first_lanes(int64_t count) {
   return count >= 16 ? __mmask16(0xffff) : __mmask16((1u << count) - 1);
 }
 
 // rows [R, C] of src into dst [padded_rows, ld], both multiples of 32 (rows of 16), zeros around.
-FASTSSL_AMX inline void copy_padded(const uint16_t* src, int64_t stride, int64_t R, int64_t C,
-                                    uint16_t* dst, int64_t ld, int64_t padded_rows) {
+FASTSSL_PAIRS inline void copy_padded(const uint16_t* src, int64_t stride, int64_t R, int64_t C,
+                                      uint16_t* dst, int64_t ld, int64_t padded_rows) {
   for (int64_t r = 0; r < R; ++r) {
     for (int64_t c = 0; c < ld; c += 32) {
       const __mmask32 mask = c < C ? first_words(C - c) : 0;
@@ -141,8 +207,8 @@ FASTSSL_AMX inline void copy_padded(const uint16_t* src, int64_t stride, int64_t
 }
 
 // Pairs of consecutive rows: [R, W] -> [R / 2, W], R even and W a multiple of 32.
-FASTSSL_AMX inline void pair_rows(const uint16_t* src, int64_t ld, int64_t R, int64_t W,
-                                  uint32_t* dst, int64_t ldd) {
+FASTSSL_PAIRS inline void pair_rows(const uint16_t* src, int64_t ld, int64_t R, int64_t W,
+                                    uint32_t* dst, int64_t ldd) {
   alignas(64) uint16_t order[32];
   for (int i = 0; i < 32; ++i) order[i] = uint16_t(i / 2 + i % 2 * 32);
   const __m512i low = _mm512_load_si512(order);
@@ -159,8 +225,8 @@ FASTSSL_AMX inline void pair_rows(const uint16_t* src, int64_t ld, int64_t R, in
 }
 
 // Transposes 16 x 16 words of 32 bits.
-FASTSSL_AMX inline void transpose_block(const uint32_t* src, int64_t ld, uint32_t* dst,
-                                        int64_t ldd) {
+FASTSSL_PAIRS inline void transpose_block(const uint32_t* src, int64_t ld, uint32_t* dst,
+                                          int64_t ldd) {
   __m512i x[16], y[16];
   for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_si512(src + i * ld);
   for (int i = 0; i < 16; i += 2) {
@@ -187,8 +253,8 @@ FASTSSL_AMX inline void transpose_block(const uint32_t* src, int64_t ld, uint32_
 }
 
 // The transpose of [R, W] in pairs: [W / 2, R], R a multiple of 16 and W of 32.
-FASTSSL_AMX inline void pair_columns(const uint16_t* src, int64_t ld, int64_t R, int64_t W,
-                                     uint32_t* dst, int64_t ldd) {
+FASTSSL_PAIRS inline void pair_columns(const uint16_t* src, int64_t ld, int64_t R, int64_t W,
+                                       uint32_t* dst, int64_t ldd) {
   for (int64_t r = 0; r < R; r += 16) {
     for (int64_t w = 0; w < W / 2; w += 16) {
       const uint32_t* from = reinterpret_cast<const uint32_t*>(src + r * ld) + w;
@@ -198,7 +264,7 @@ FASTSSL_AMX inline void pair_columns(const uint16_t* src, int64_t ld, int64_t R,
 }
 
 // 2^x for x <= 0 with a relative error under 1e-4, for results that are stored in bfloat16.
-FASTSSL_AMX inline __m512 exp2(__m512 x) {
+FASTSSL_PAIRS inline __m512 exp2(__m512 x) {
   const __m512 n = _mm512_roundscale_ps(x, 0);
   const __m512 r = _mm512_sub_ps(x, n);
   __m512 p = _mm512_set1_ps(9.6147e-3f);
@@ -209,12 +275,12 @@ FASTSSL_AMX inline __m512 exp2(__m512 x) {
   return _mm512_scalef_ps(p, n);
 }
 
-FASTSSL_AMX inline __m256i to_bf16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+FASTSSL_PAIRS inline __m256i to_bf16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 
-FASTSSL_AMX inline __m512 from_bf16(__m256i words) {
+FASTSSL_PAIRS inline __m512 from_bf16(__m256i words) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
 }
 
-}  // namespace fastssl::amx
+}  // namespace fastssl::pairs
 
 #endif

@@ -1,16 +1,32 @@
-// mask_unit_attention on bfloat16 tiles: a group of units and one head at a time.
+// mask_unit_attention by products of bfloat16 pairs: a group of units and one head at a time.
 #pragma once
 
-#include "amx.h"
+#include "bf16_pairs.h"
 #include "mask_unit_attention.h"
 
-#ifdef FASTSSL_HAS_AMX
+#ifdef FASTSSL_HAS_PAIRS
 
-namespace fastssl::amx {
+namespace fastssl::pairs {
 
 constexpr int64_t kQueryBlock = 32;
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// The sizes that a group's products have.
+struct Sizes {
+  int64_t keys, width;              // as columns
+  int64_t keys_depth, width_depth;  // as what is summed over
+  int64_t keys_padded;              // columns of scores that exist, zeros past the keys
+
+  Sizes(const Geometry& g, int64_t num_keys) {
+    const int64_t depth = grain().depth;
+    keys = round_up(num_keys, 16);
+    width = round_up(g.head_dim, 16);
+    keys_depth = round_up(num_keys, depth);
+    width_depth = round_up(g.head_dim, depth);
+    keys_padded = std::max(keys, keys_depth);
+  }
+};
 
 // The operands of one group and head, padded to whole tiles, one behind the other in scratch
 // memory.
@@ -65,8 +81,8 @@ inline int64_t lay_out(const Geometry& g, bool backward, uint8_t* base, Buffers*
 }
 
 // Query rows of one unit: the maximum of the tokens that share one, and which of them it was.
-FASTSSL_AMX inline void pool_queries(const Geometry& g, const uint16_t* unit, uint16_t* rows,
-                                     int64_t ld, uint8_t* argmax) {
+FASTSSL_PAIRS inline void pool_queries(const Geometry& g, const uint16_t* unit, uint16_t* rows,
+                                       int64_t ld, uint8_t* argmax) {
   const int64_t queries = g.unit_queries();
   for (int64_t i = 0; i < queries; ++i) {
     for (int64_t c = 0; c < ld; c += 16) {
@@ -90,8 +106,8 @@ FASTSSL_AMX inline void pool_queries(const Geometry& g, const uint16_t* unit, ui
   }
 }
 
-FASTSSL_AMX inline void load_queries(const Geometry& g, const Buffers& b, const uint16_t* tokens,
-                                     int64_t units, bool backward) {
+FASTSSL_PAIRS inline void load_queries(const Geometry& g, const Buffers& b, const uint16_t* tokens,
+                                       int64_t units, bool backward) {
   const int64_t rows = units * g.unit_queries();
   if (g.q_stride == 1) {
     return copy_padded(tokens, g.token_stride(), rows, g.head_dim, b.q, b.width, b.queries);
@@ -111,7 +127,7 @@ struct Keys {
   uint64_t bits;
 
   template <bool kShared>
-  FASTSSL_AMX __mmask16 lanes(int64_t j) const {
+  FASTSSL_PAIRS __mmask16 lanes(int64_t j) const {
     return kShared ? __mmask16(bits >> j) : first_lanes(count - j);
   }
 };
@@ -124,7 +140,7 @@ inline Keys keys_of(const Geometry& g, int64_t query) {
 
 // The largest score of a query.
 template <bool kShared>
-FASTSSL_AMX inline __m512 largest(const float* s, const Keys& keys) {
+FASTSSL_PAIRS inline __m512 largest(const float* s, const Keys& keys) {
   __m512 top = _mm512_set1_ps(-INFINITY), other = top;
   int64_t j = 0;
   if (!kShared) {
@@ -142,8 +158,8 @@ FASTSSL_AMX inline __m512 largest(const float* s, const Keys& keys) {
 // 2^(factor * (score - largest)) of all keys, zeros up to `padded`: in bfloat16 in p. Returns their
 // sum.
 template <bool kShared>
-FASTSSL_AMX inline float forward_row(const float* s, const Keys& keys, int64_t padded, float factor,
-                                     uint16_t* p) {
+FASTSSL_PAIRS inline float forward_row(const float* s, const Keys& keys, int64_t padded,
+                                       float factor, uint16_t* p) {
   const __m512 scale = _mm512_set1_ps(factor), top = largest<kShared>(s, keys);
   __m512 sum = _mm512_setzero_ps();
   int64_t j = 0;
@@ -172,8 +188,8 @@ struct RowFactors {
 
 // Replaces the scores of one query by 2^(factor * (score - largest)), zeros up to `padded`.
 template <bool kShared>
-FASTSSL_AMX inline RowFactors backward_row(float* s, const float* dp, const Keys& keys,
-                                           int64_t padded, float factor) {
+FASTSSL_PAIRS inline RowFactors backward_row(float* s, const float* dp, const Keys& keys,
+                                             int64_t padded, float factor) {
   const __m512 scales = _mm512_set1_ps(factor), top = largest<kShared>(s, keys);
   __m512 sum = _mm512_setzero_ps(), weighted = sum;
   int64_t j = 0;
@@ -197,14 +213,15 @@ FASTSSL_AMX inline RowFactors backward_row(float* s, const float* dp, const Keys
   return {inverse, _mm512_reduce_add_ps(weighted) * inverse};
 }
 
-// From the exponentials and dp of 32 queries to p and ds: both in pairs of rows [16, keys], and the
-// rows of ds in bfloat16.
-FASTSSL_AMX inline void gradient_rows(const Buffers& b, const RowFactors* factors, float scale) {
+// From the exponentials and dp of up to 32 queries, `rows` of them, to p and ds: both in pairs of
+// rows [16, keys], and the rows of ds in bfloat16.
+FASTSSL_PAIRS inline void gradient_rows(const Buffers& b, const RowFactors* factors, float scale,
+                                        int64_t rows, int64_t keys) {
   alignas(64) uint16_t order[32];
   for (int w = 0; w < 32; ++w) order[w] = uint16_t(w / 2 + w % 2 * 16);
   const __m512i interleave = _mm512_load_si512(order);
   const __m512 scales = _mm512_set1_ps(scale);
-  for (int64_t r = 0; r < kQueryBlock; r += 2) {
+  for (int64_t r = 0; r < rows; r += 2) {
     const float *s = b.scores + r * b.keys, *dp = b.dp + r * b.keys;
     uint16_t* ds = b.ds + r * b.keys;
     uint32_t *p_pairs = b.p_pairs + r / 2 * b.keys, *ds_pairs = b.ds_pairs + r / 2 * b.keys;
@@ -212,7 +229,7 @@ FASTSSL_AMX inline void gradient_rows(const Buffers& b, const RowFactors* factor
     const __m512 inverse_1 = _mm512_set1_ps(factors[r + 1].inverse);
     const __m512 delta_0 = _mm512_set1_ps(factors[r].delta);
     const __m512 delta_1 = _mm512_set1_ps(factors[r + 1].delta);
-    for (int64_t j = 0; j < b.keys; j += 16) {
+    for (int64_t j = 0; j < keys; j += 16) {
       const __m512 p_0 = _mm512_mul_ps(_mm512_loadu_ps(s + j), inverse_0);
       const __m512 p_1 = _mm512_mul_ps(_mm512_loadu_ps(s + b.keys + j), inverse_1);
       const __m512 dp_0 = _mm512_loadu_ps(dp + j), dp_1 = _mm512_loadu_ps(dp + b.keys + j);
@@ -229,16 +246,17 @@ FASTSSL_AMX inline void gradient_rows(const Buffers& b, const RowFactors* factor
 }
 
 // Pairs of rows [16, keys] -> columns i .. i + 31 of the transpose [keys, queries].
-FASTSSL_AMX inline void transpose_pairs(const Buffers& b, const uint32_t* pairs,
-                                        uint16_t* transposed, int64_t i) {
-  for (int64_t j = 0; j < b.keys; j += 16) {
+FASTSSL_PAIRS inline void transpose_pairs(const Buffers& b, const uint32_t* pairs,
+                                          uint16_t* transposed, int64_t i, int64_t keys) {
+  for (int64_t j = 0; j < keys; j += 16) {
     uint32_t* to = reinterpret_cast<uint32_t*>(transposed + j * b.queries + i);
     transpose_block(pairs + j, b.keys, to, b.queries / 2);
   }
 }
 
 // A row of `src`, times `factor`, in bfloat16.
-FASTSSL_AMX inline void store_row(const float* src, float factor, int64_t columns, uint16_t* dst) {
+FASTSSL_PAIRS inline void store_row(const float* src, float factor, int64_t columns,
+                                    uint16_t* dst) {
   for (int64_t c = 0; c < columns; c += 16) {
     const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(src + c), _mm512_set1_ps(factor));
     _mm256_mask_storeu_epi16(dst + c, first_lanes(columns - c), to_bf16(x));
@@ -246,10 +264,11 @@ FASTSSL_AMX inline void store_row(const float* src, float factor, int64_t column
 }
 
 // Some units and one head, to whose channels tokens and out point.
-FASTSSL_AMX inline void forward(const Geometry& g, const Buffers& b, const uint16_t* tokens,
-                                int64_t units, uint16_t* out) {
+FASTSSL_PAIRS inline void forward(const Geometry& g, const Buffers& b, const uint16_t* tokens,
+                                  int64_t units, uint16_t* out) {
   const int64_t queries = units * g.unit_queries(), keys = units * g.unit_size;
-  const int64_t stride = g.token_stride(), width = round_up(g.head_dim, 16);
+  const int64_t stride = g.token_stride();
+  const Sizes n(g, keys);
   load_queries(g, b, tokens, units, false);
   copy_padded(tokens + g.dim(), stride, keys, g.head_dim, b.k, b.width, b.keys);
   copy_padded(tokens + 2 * g.dim(), stride, keys, g.head_dim, b.v, b.width, b.keys);
@@ -257,18 +276,19 @@ FASTSSL_AMX inline void forward(const Geometry& g, const Buffers& b, const uint1
   pair_rows(b.v, b.width, b.keys, b.width, b.v_pairs, b.width);
   const float factor = g.scale() * kLog2e;
   for (int64_t i = 0; i < queries; i += kQueryBlock) {
-    const int64_t rows = std::min(kQueryBlock, queries - i), tiles = round_up(rows, 16);
-    multiply(b.q + i * b.width, b.width, b.k_columns, b.keys, b.scores, b.keys, tiles, b.keys,
-             b.width);
+    const int64_t rows = std::min(kQueryBlock, queries - i);
+    const int64_t all_rows = round_up(rows, grain().rows);
+    multiply(b.q + i * b.width, b.width, b.k_columns, b.keys, b.scores, b.keys, all_rows, n.keys,
+             n.width_depth);
     float sums[kQueryBlock];
     for (int64_t r = 0; r < rows; ++r) {
       const Keys own = keys_of(g, i + r);
       const float* s = b.scores + r * b.keys;
       uint16_t* p = b.p + r * b.keys;
-      sums[r] = g.group == 1 ? forward_row<false>(s, own, b.keys, factor, p)
-                             : forward_row<true>(s, own, b.keys, factor, p);
+      sums[r] = g.group == 1 ? forward_row<false>(s, own, n.keys_padded, factor, p)
+                             : forward_row<true>(s, own, n.keys_padded, factor, p);
     }
-    multiply(b.p, b.keys, b.v_pairs, b.width, b.product, b.width, tiles, width, b.keys);
+    multiply(b.p, b.keys, b.v_pairs, b.width, b.product, b.width, all_rows, n.width, n.keys_depth);
     for (int64_t r = 0; r < rows; ++r) {
       store_row(b.product + r * b.width, 1.0f / sums[r], g.head_dim, out + (i + r) * g.dim());
     }
@@ -276,8 +296,8 @@ FASTSSL_AMX inline void forward(const Geometry& g, const Buffers& b, const uint1
 }
 
 // The gradient of one query to the token that was its maximum, zeros to the others.
-FASTSSL_AMX inline void store_pooled_row(const Geometry& g, const float* src, const uint8_t* argmax,
-                                         uint16_t* token) {
+FASTSSL_PAIRS inline void store_pooled_row(const Geometry& g, const float* src,
+                                           const uint8_t* argmax, uint16_t* token) {
   for (int64_t c = 0; c < g.head_dim; c += 16) {
     const __mmask16 mask = first_lanes(g.head_dim - c);
     const __m256i x = to_bf16(_mm512_loadu_ps(src + c));
@@ -290,10 +310,11 @@ FASTSSL_AMX inline void store_pooled_row(const Geometry& g, const float* src, co
   }
 }
 
-FASTSSL_AMX inline void backward(const Geometry& g, const Buffers& b, const uint16_t* dout,
-                                 const uint16_t* tokens, int64_t units, uint16_t* dtokens) {
+FASTSSL_PAIRS inline void backward(const Geometry& g, const Buffers& b, const uint16_t* dout,
+                                   const uint16_t* tokens, int64_t units, uint16_t* dtokens) {
   const int64_t queries = units * g.unit_queries(), keys = units * g.unit_size;
-  const int64_t stride = g.token_stride(), width = round_up(g.head_dim, 16);
+  const int64_t stride = g.token_stride();
+  const Sizes n(g, keys);
   load_queries(g, b, tokens, units, true);
   copy_padded(tokens + g.dim(), stride, keys, g.head_dim, b.k, b.width, b.keys);
   copy_padded(tokens + 2 * g.dim(), stride, keys, g.head_dim, b.v, b.width, b.keys);
@@ -306,22 +327,24 @@ FASTSSL_AMX inline void backward(const Geometry& g, const Buffers& b, const uint
   const float factor = g.scale() * kLog2e;
   for (int64_t i = 0; i < queries; i += kQueryBlock) {
     const int64_t rows = std::min(kQueryBlock, queries - i);
-    multiply(b.q + i * b.width, b.width, b.k_columns, b.keys, b.scores, b.keys, kQueryBlock, b.keys,
-             b.width);
-    multiply(b.dout + i * b.width, b.width, b.v_columns, b.keys, b.dp, b.keys, kQueryBlock, b.keys,
-             b.width);
+    // Tiles sum over whole tiles of queries below, of which all must be written.
+    const int64_t all_rows = grain().depth > 2 ? kQueryBlock : round_up(rows, grain().rows);
+    multiply(b.q + i * b.width, b.width, b.k_columns, b.keys, b.scores, b.keys, all_rows, n.keys,
+             n.width_depth);
+    multiply(b.dout + i * b.width, b.width, b.v_columns, b.keys, b.dp, b.keys, all_rows, n.keys,
+             n.width_depth);
     RowFactors factors[kQueryBlock];
     for (int64_t r = 0; r < rows; ++r) {
       const Keys own = keys_of(g, i + r);
       float* s = b.scores + r * b.keys;
       const float* dp = b.dp + r * b.keys;
-      factors[r] = g.group == 1 ? backward_row<false>(s, dp, own, b.keys, factor)
-                                : backward_row<true>(s, dp, own, b.keys, factor);
+      factors[r] = g.group == 1 ? backward_row<false>(s, dp, own, n.keys_padded, factor)
+                                : backward_row<true>(s, dp, own, n.keys_padded, factor);
     }
-    gradient_rows(b, factors, g.scale());
-    transpose_pairs(b, b.p_pairs, b.p_transposed, i);
-    transpose_pairs(b, b.ds_pairs, b.ds_transposed, i);
-    multiply(b.ds, b.keys, b.k_pairs, b.width, b.product, b.width, kQueryBlock, width, b.keys);
+    gradient_rows(b, factors, g.scale(), all_rows, n.keys_padded);
+    transpose_pairs(b, b.p_pairs, b.p_transposed, i, n.keys);
+    transpose_pairs(b, b.ds_pairs, b.ds_transposed, i, n.keys);
+    multiply(b.ds, b.keys, b.k_pairs, b.width, b.product, b.width, all_rows, n.width, n.keys_depth);
     for (int64_t r = 0; r < rows; ++r) {
       const float* dq = b.product + r * b.width;
       const int64_t unit = (i + r) / g.unit_queries(), query = (i + r) % g.unit_queries();
@@ -334,7 +357,7 @@ FASTSSL_AMX inline void backward(const Geometry& g, const Buffers& b, const uint
     }
   }
   for (int64_t j = 0; j < keys; j += kQueryBlock) {
-    const int64_t rows = std::min(kQueryBlock, keys - j), tiles = round_up(rows, 16);
+    const int64_t rows = std::min(kQueryBlock, keys - j);
     const struct {
       const uint16_t* left;
       const uint32_t* right;
@@ -342,8 +365,8 @@ FASTSSL_AMX inline void backward(const Geometry& g, const Buffers& b, const uint
     } products[2] = {{b.ds_transposed, b.q_pairs, g.dim()},
                      {b.p_transposed, b.dout_pairs, 2 * g.dim()}};
     for (const auto& x : products) {
-      multiply(x.left + j * b.queries, b.queries, x.right, b.width, b.product, b.width, tiles,
-               width, round_up(queries, kQueryBlock));
+      multiply(x.left + j * b.queries, b.queries, x.right, b.width, b.product, b.width,
+               round_up(rows, grain().rows), n.width, round_up(queries, grain().depth));
       for (int64_t r = 0; r < rows; ++r) {
         store_row(b.product + r * b.width, 1.0f, g.head_dim, dtokens + (j + r) * stride + x.offset);
       }
@@ -351,6 +374,6 @@ FASTSSL_AMX inline void backward(const Geometry& g, const Buffers& b, const uint
   }
 }
 
-}  // namespace fastssl::amx
+}  // namespace fastssl::pairs
 
 #endif
