@@ -148,12 +148,13 @@ def all_cases(quick: bool = False, scale: int = 1) -> list[Case]:
         cases_throughput,
     )
 
+    # Whole models first, which a run of limited time should not end without.
+    scaled = (cases_throughput, cases_steps, cases_distillation)
+    scaled = (*scaled, cases_attention, cases_pool, cases_mlp, cases_norm)
     published = (cases_masking, cases_dino, cases_sinkhorn, cases_contrastive, cases_gram)
     published = (*published, cases_optim, cases_augment)
-    scaled = (cases_attention, cases_pool, cases_mlp, cases_norm)
-    scaled = (*scaled, cases_steps, cases_distillation, cases_throughput)
-    found = [case for module in published for case in module.cases(quick)]
-    return found + [case for module in scaled for case in module.cases(quick, scale)]
+    found = [case for module in scaled for case in module.cases(quick, scale)]
+    return found + [case for module in published for case in module.cases(quick)]
 
 
 def select(names: list[str], quick: bool = False, scale: int = 1) -> list[Case]:

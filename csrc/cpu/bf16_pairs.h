@@ -31,8 +31,11 @@ namespace fastssl::pairs {
 // What multiplies pairs: no instruction, dot products of vectors, or tiles.
 enum class Unit { none, dots, tiles };
 
-// The best that the processor has and the system lets this process use.
+// The best that the processor has and the system lets this process use. Tests name one.
 inline Unit best_unit() {
+#ifdef FASTSSL_BF16_UNIT
+  return Unit::FASTSSL_BF16_UNIT;
+#endif
   static const Unit unit = [] {
     if (best_isa() != Isa::avx512) return Unit::none;
     unsigned a, b, c, d;

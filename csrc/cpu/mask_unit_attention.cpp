@@ -287,9 +287,11 @@ void run(const std::optional<Tensor>& dout, const Tensor& qkv, int64_t heads, in
   STD_TORCH_CHECK(out.numel() == (dout ? qkv.numel() : tokens / q_stride * g.dim()),
                   "out has a wrong size");
   const bool pairs = qkv.scalar_type() == ScalarType::BFloat16 && bf16_unit() != "none";
-  // Small units share the rows of a tile, or of a vector.
-  const int64_t least = pairs && bf16_unit() == "tiles" ? 32 : kVector;
-  g.group = std::max<int64_t>(1, (least + unit_size - 1) / unit_size);
+  // Small units share a vector.
+  g.group = std::max<int64_t>(1, (kVector + unit_size - 1) / unit_size);
+#ifdef FASTSSL_HAS_PAIRS
+  if (pairs) g.group = pairs::group_of(unit_size);
+#endif
   const int64_t num_units = tokens / unit_size;
   const int64_t tasks = (num_units + g.group - 1) / g.group * heads;
   if (tasks == 0) return;

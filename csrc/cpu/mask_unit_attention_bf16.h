@@ -28,6 +28,12 @@ struct Sizes {
   }
 };
 
+// Small units share the rows of a tile, or of a vector.
+inline int64_t group_of(int64_t unit_size) {
+  const int64_t least = best_unit() == Unit::tiles ? 32 : 16;
+  return std::max<int64_t>(1, (least + unit_size - 1) / unit_size);
+}
+
 // The operands of one group and head, padded to whole tiles, one behind the other in scratch
 // memory.
 struct Buffers {
@@ -120,8 +126,8 @@ FASTSSL_PAIRS inline void load_queries(const Geometry& g, const Buffers& b, cons
   copy_padded(nullptr, 0, 0, 0, b.q + rows * b.width, b.width, b.queries - rows);
 }
 
-// Which keys the queries of a group's unit attend to: keys 0 .. count - 1 of a single unit; of
-// units that share a tile, of 64 keys at most, those whose bit is set.
+// Which of `count` keys the queries of a group's unit attend to: all of a single unit's; of units
+// that share a tile, of 64 keys at most, those whose bit is set.
 struct Keys {
   int64_t count;
   uint64_t bits;
@@ -132,10 +138,10 @@ struct Keys {
   }
 };
 
-inline Keys keys_of(const Geometry& g, int64_t query) {
-  if (g.group == 1) return {g.unit_size, 0};
+inline Keys keys_of(const Geometry& g, int64_t count, int64_t query) {
+  if (g.group == 1) return {count, 0};
   const uint64_t unit = (uint64_t(1) << g.unit_size) - 1;
-  return {g.group * g.unit_size, unit << (query / g.unit_queries() * g.unit_size)};
+  return {count, unit << (query / g.unit_queries() * g.unit_size)};
 }
 
 // The largest score of a query.
@@ -278,11 +284,11 @@ FASTSSL_PAIRS inline void forward(const Geometry& g, const Buffers& b, const uin
   for (int64_t i = 0; i < queries; i += kQueryBlock) {
     const int64_t rows = std::min(kQueryBlock, queries - i);
     const int64_t all_rows = round_up(rows, grain().rows);
-    multiply(b.q + i * b.width, b.width, b.k_columns, b.keys, b.scores, b.keys, all_rows, n.keys,
-             n.width_depth);
+    multiply(b.q + i * b.width, b.width, b.k_columns, b.keys, b.scores, b.keys, all_rows,
+             n.keys_padded, n.width_depth);
     float sums[kQueryBlock];
     for (int64_t r = 0; r < rows; ++r) {
-      const Keys own = keys_of(g, i + r);
+      const Keys own = keys_of(g, keys, i + r);
       const float* s = b.scores + r * b.keys;
       uint16_t* p = b.p + r * b.keys;
       sums[r] = g.group == 1 ? forward_row<false>(s, own, n.keys_padded, factor, p)
@@ -329,13 +335,13 @@ FASTSSL_PAIRS inline void backward(const Geometry& g, const Buffers& b, const ui
     const int64_t rows = std::min(kQueryBlock, queries - i);
     // Tiles sum over whole tiles of queries below, of which all must be written.
     const int64_t all_rows = grain().depth > 2 ? kQueryBlock : round_up(rows, grain().rows);
-    multiply(b.q + i * b.width, b.width, b.k_columns, b.keys, b.scores, b.keys, all_rows, n.keys,
-             n.width_depth);
-    multiply(b.dout + i * b.width, b.width, b.v_columns, b.keys, b.dp, b.keys, all_rows, n.keys,
-             n.width_depth);
+    multiply(b.q + i * b.width, b.width, b.k_columns, b.keys, b.scores, b.keys, all_rows,
+             n.keys_padded, n.width_depth);
+    multiply(b.dout + i * b.width, b.width, b.v_columns, b.keys, b.dp, b.keys, all_rows,
+             n.keys_padded, n.width_depth);
     RowFactors factors[kQueryBlock];
     for (int64_t r = 0; r < rows; ++r) {
-      const Keys own = keys_of(g, i + r);
+      const Keys own = keys_of(g, keys, i + r);
       float* s = b.scores + r * b.keys;
       const float* dp = b.dp + r * b.keys;
       factors[r] = g.group == 1 ? backward_row<false>(s, dp, own, n.keys_padded, factor)

@@ -7,7 +7,7 @@ from fastssl.kernels.add_layer_norm import reference
 from fastssl.kernels.common import dispatch
 from fastssl.kernels.common.autograd import reference_gradients
 from fastssl.kernels.common.checks import FLOAT_DTYPES, check_shape, check_tensor
-from fastssl.kernels.common.eager import direct
+from fastssl.kernels.common.eager import direct, filled
 from fastssl.kernels.common.flops import counts_no_flops
 
 # Triton keeps a whole row in one program.
@@ -133,6 +133,31 @@ def _check(
     return dtype
 
 
+def _forward(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    gamma: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """residual (None without a branch), normed, and each row's mean and 1 / std [..., 2]."""
+    residual = None if branch is None else torch.empty_like(x)
+    normed = torch.empty_like(x, dtype=dtype)
+    stats = x.new_empty((*x.shape[:-1], 2), dtype=torch.float32)
+    arguments = (x, branch, weight, bias, gamma, scale, eps, residual, normed, stats)
+    if backend == "cpp":
+        torch.ops.fastssl_csrc.add_layer_norm_fwd(*arguments)
+    else:
+        from fastssl.kernels.add_layer_norm import triton_kernel
+
+        triton_kernel.add_layer_norm_fwd(*arguments)
+    return residual, normed, stats
+
+
 @torch.library.custom_op("fastssl::add_layer_norm", mutates_args=())
 def _add_layer_norm(
     x: Tensor,
@@ -145,22 +170,13 @@ def _add_layer_norm(
     dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """residual (empty without a branch), normed, and each row's mean and 1 / std [..., 2]."""
     arguments = (x, branch, weight, bias, gamma, scale, eps)
-    residual, normed, stats = outputs = _add_layer_norm_fake(*arguments, dtype, backend)
-    if backend == "reference":
-        results = reference.add_layer_norm(*arguments, dtype)
-        if branch is not None:
-            residual.copy_(results[0])
-        normed.copy_(results[1])
-        return outputs
-    written = None if branch is None else residual
-    if backend == "cpp":
-        torch.ops.fastssl_csrc.add_layer_norm_fwd(*arguments, written, normed, stats)
-    else:
-        from fastssl.kernels.add_layer_norm import triton_kernel
-
-        triton_kernel.add_layer_norm_fwd(*arguments, written, normed, stats)
+    if backend != "reference":
+        return filled(_forward(*arguments, dtype, backend), x, x.dtype)
+    outputs = _add_layer_norm_fake(*arguments, dtype, backend)
+    for output, result in zip(outputs, reference.add_layer_norm(*arguments, dtype), strict=False):
+        if output.numel() > 0:
+            output.copy_(result)
     return outputs
 
 
@@ -172,6 +188,44 @@ def _add_layer_norm_fake(x, branch, weight, bias, gamma, scale, eps, dtype, back
         x.new_empty(x.shape, dtype=dtype),
         x.new_empty(stats, dtype=torch.float32),
     )
+
+
+def _gradients(
+    dresidual: Tensor | None,
+    dnormed: Tensor,
+    residual: Tensor,
+    stats: Tensor,
+    weight: Tensor,
+    branch: Tensor | None,
+    gamma: Tensor | None,
+    scale: Tensor | None,
+    branch_dtype: torch.dtype | None,
+    wants_affine: bool,
+    backend: str,
+) -> tuple[Tensor | None, ...]:
+    """dx, dbranch (None if branch_dtype is), dweight and dbias (None unless wanted), dgamma (None
+    if branch is)."""
+    inputs = (dresidual, dnormed, residual, stats, weight, branch, gamma, scale)
+    dweight = dbias = None
+    if wants_affine:
+        dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
+    written = (
+        torch.empty_like(residual),
+        None if branch_dtype is None else torch.empty_like(residual, dtype=branch_dtype),
+        *(dweight, dbias),
+        None if branch is None else torch.empty_like(weight),
+    )
+    if backend == "cpp":
+        num_rows = stats.numel() // 2
+        chunk_rows = max(CHUNK_ROWS, -(-num_rows // MAX_CHUNKS))
+        shape = (-(-num_rows // chunk_rows), 3, residual.shape[-1])
+        partial = residual.new_empty(shape, dtype=torch.float32)
+        torch.ops.fastssl_csrc.add_layer_norm_bwd(*inputs, chunk_rows, partial, *written)
+    else:
+        from fastssl.kernels.add_layer_norm import triton_kernel
+
+        triton_kernel.add_layer_norm_bwd(*inputs, *written)
+    return written
 
 
 @torch.library.custom_op("fastssl::add_layer_norm_backward", mutates_args=())
@@ -188,30 +242,12 @@ def _add_layer_norm_backward(
     wants_affine: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dbranch (empty if branch_dtype is None), dweight and dbias (empty unless wanted), dgamma
-    (empty if branch is None)."""
-    dx, dbranch, *sums = outputs = _add_layer_norm_backward_fake(
-        *(dresidual, dnormed, residual, stats, weight, branch, gamma, scale),
-        *(branch_dtype, wants_affine, backend),
-    )
     inputs = (dresidual, dnormed, residual, stats, weight, branch, gamma, scale)
-    written = (
-        dx,
-        None if branch_dtype is None else dbranch,
-        *(sums[:2] if wants_affine else (None, None)),
-        None if branch is None else sums[2],
+    dx, dbranch, *sums = _gradients(*inputs, branch_dtype, wants_affine, backend)
+    return (
+        *filled((dx, dbranch), residual, residual.dtype),
+        *filled(sums, residual, torch.float32),
     )
-    if backend == "cpp":
-        num_rows = stats.numel() // 2
-        chunk_rows = max(CHUNK_ROWS, -(-num_rows // MAX_CHUNKS))
-        shape = (-(-num_rows // chunk_rows), 3, residual.shape[-1])
-        partial = residual.new_empty(shape, dtype=torch.float32)
-        torch.ops.fastssl_csrc.add_layer_norm_bwd(*inputs, chunk_rows, partial, *written)
-    else:
-        from fastssl.kernels.add_layer_norm import triton_kernel
-
-        triton_kernel.add_layer_norm_bwd(*inputs, *written)
-    return outputs
 
 
 @_add_layer_norm_backward.register_fake
@@ -311,6 +347,6 @@ def _gradients_of_reference(ctx, dresidual, dnormed):
 
 
 _add_layer_norm.register_autograd(_backward, setup_context=_setup_context)
-_call = direct(_add_layer_norm, _setup_context, _backward)
-_call_backward = direct(_add_layer_norm_backward)
+_call = direct(_add_layer_norm, _setup_context, _backward, _forward)
+_call_backward = direct(_add_layer_norm_backward, body=_gradients)
 counts_no_flops(torch.ops.fastssl.add_layer_norm, torch.ops.fastssl.add_layer_norm_backward)
