@@ -271,8 +271,6 @@ def _contenders(
     if len(getattr(model, "blocks", ())) < DEEP:
         return found | {f"{name} compiled": training_step(model, torch.compile(model), optimizer)}
     twin = copy.deepcopy(model)
-    # Each kind of block is compiled once, and there are more kinds than torch expects.
-    torch._dynamo.config.recompile_limit = 64
     for block in (*twin.blocks, *twin.decoder_blocks):
         block.compile()
     optimizer = adamw(twin) if with_step else None

@@ -9,7 +9,7 @@ from torch import Tensor
 class Graphed:
     """`function` of tensors, recorded at its first call (torch.cuda.graph) and replayed after that.
 
-    It must not wait for the GPU, nor return what the next call writes.
+    It must not wait for the GPU, and leave nothing of the graph's memory behind, as in `.grad`.
     """
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:

@@ -2,7 +2,8 @@
 
 Tokens in the order of repeated splits, so that a pooling takes the maximum over a slow dimension;
 attention by torch's scaled_dot_product_attention with the mask units in a dimension of their own;
-removed units embedded as zeros and dropped by a boolean index. Keys are the official ones.
+removed pixels are 0, and removed units dropped by a boolean index after the embedding. Keys are the
+official ones.
 
 B images, U mask units, K of them kept, N tokens, C channels, D features.
 """
@@ -34,7 +35,7 @@ class Attention(nn.Module):
         )
         q, k, v = qkv.permute(3, 0, 4, 2, 1, 5)  # each [B, heads, units, tokens, channels]
         if self.stride > 1:
-            q = q.unflatten(3, (self.stride, -1)).amax(3)
+            q = q.unflatten(3, (self.stride, -1)).max(3).values
         x = functional.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 3).reshape(B, -1, self.proj.in_features))
 
@@ -64,7 +65,7 @@ class Block(nn.Module):
         if self.proj is not None:
             x = self.proj(normed)
             if self.stride > 1:
-                x = x.unflatten(1, (self.stride, -1)).amax(1)
+                x = x.unflatten(1, (self.stride, -1)).max(1).values
         x = x + self.attn(normed)
         return x + self.mlp(self.norm2(x))
 
@@ -76,13 +77,9 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor, mask: Tensor | None) -> Tensor:  # [B, N, C]
         if mask is not None:
-            # Masked before the convolution, which would see removed pixels, and after it.
-            full = functional.interpolate(mask, images.shape[2:])
-            x = self.proj(images * full)
-            x = x * functional.interpolate(mask, x.shape[2:])
-        else:
-            x = self.proj(images)
-        return x.flatten(2).transpose(1, 2)
+            # The convolution would see removed pixels.
+            images = images * functional.interpolate(mask, images.shape[2:])
+        return self.proj(images).flatten(2).transpose(1, 2)
 
 
 class Hiera(nn.Module):

@@ -97,10 +97,11 @@ def op_case(
         }
         # Not the automatic choice before it is measured: here is where.
         if _cannot_run_by_name("cuda", op, device) is None:
-            found["cuda"] = wrap(lambda *inputs: function(*inputs, backend="cuda"))
+            found["fastssl cuda"] = wrap(lambda *inputs: function(*inputs, backend="cuda"))
         return found if rival is None else found | {"rival": wrap(rival)}
 
-    ratios = {base: (base, "fastssl") for base in ("eager", "compiled", "cuda", "rival")}
+    ratios = {base: (base, "fastssl") for base in ("eager", "compiled", "rival")}
+    ratios["cuda"] = ("fastssl cuda", "fastssl")
     if rival is None:
         del ratios["rival"]
     return Case(
@@ -125,7 +126,7 @@ def _cannot_run_by_name(backend: str, op: str, device: torch.device) -> str | No
     return entry.backends[backend](*entry.example(device))
 
 
-# A GPU is given as many times the batch of a case that is as large as two CPU cores can bear.
+# On a GPU the batch is so many times that of two CPU cores, in cases whose size is their batch.
 GPU_SCALE = 32
 
 
@@ -153,6 +154,7 @@ def all_cases(quick: bool = False, scale: int = 1) -> list[Case]:
     scaled = (*scaled, cases_attention, cases_pool, cases_mlp, cases_norm)
     published = (cases_masking, cases_dino, cases_sinkhorn, cases_contrastive, cases_gram)
     published = (*published, cases_optim, cases_augment)
+    scale = 1 if quick else scale
     found = [case for module in scaled for case in module.cases(quick, scale)]
     return found + [case for module in published for case in module.cases(quick)]
 

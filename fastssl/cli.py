@@ -77,7 +77,9 @@ def run(words: Sequence[str], resume: bool | Path, profile: bool = False) -> Non
     """Train by the recipe and the overrides in `words`."""
     # Here, so that an installation without the trainer's packages gets to say what it lacks.
     from fastssl.training import config, loop
+    from fastssl.training.memory import keep_freed_memory
 
+    keep_freed_memory()
     loop.train(config.load(*_recipe_and_overrides(words)), resume=resume, profile=profile)
 
 

@@ -6,11 +6,12 @@ import math
 import pytest
 import torch
 
-from benchmarks import measure, report, runner
+from benchmarks import measure, published_hiera, report, runner
 from benchmarks.__main__ import main
 from benchmarks.published_distillation import Published
 from benchmarks.registry import FORWARD, FORWARD_BACKWARD, Case, all_cases, op_case, select
 from fastssl.kernels.common.dispatch import OPS
+from fastssl.models import Hiera, MaskedAutoencoderHiera
 
 CPU = torch.device("cpu")
 FIELDS = {
@@ -88,6 +89,27 @@ def test_self_distillation_agrees_with_the_published(name):
     torch.manual_seed(runner.SEED)
     (case,) = select([name], quick=True)
     runner.check_agreement(case, case.contenders(CPU), case.make_inputs(CPU))
+
+
+def test_the_published_hiera_is_ours():
+    """In float32, by the weights of ours: features, loss and every gradient."""
+    width = {"embed_dim": 16, "num_heads": 2, "stages": (1, 2, 1, 2)}
+    images, noise = torch.randn(2, 3, 64, 64), torch.rand(2, 4)
+    ours = Hiera(input_size=(64, 64), num_classes=0, **width)
+    theirs = published_hiera.Hiera(64, **width)
+    theirs.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(theirs.features(images), ours.features(images))
+    decoder = {"decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}
+    ours = MaskedAutoencoderHiera(input_size=(64, 64), q_pool=2, **width, **decoder)
+    theirs = published_hiera.MaskedAutoencoder(64, **width, decoder=tuple(decoder.values()))
+    theirs.load_state_dict(ours.state_dict())
+    losses = ours(images, noise=noise)[0], theirs(images, noise)[0]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("part", ["_move_centers", "after_step", "_patch_loss"])

@@ -286,11 +286,11 @@ void run(const std::optional<Tensor>& dout, const Tensor& qkv, int64_t heads, in
   Geometry g{heads, channels / (3 * heads), unit_size, q_stride, 1};
   STD_TORCH_CHECK(out.numel() == (dout ? qkv.numel() : tokens / q_stride * g.dim()),
                   "out has a wrong size");
-  const bool pairs = qkv.scalar_type() == ScalarType::BFloat16 && bf16_unit() != "none";
+  const bool in_pairs = qkv.scalar_type() == ScalarType::BFloat16 && bf16_unit() != "none";
   // Small units share a vector.
   g.group = std::max<int64_t>(1, (kVector + unit_size - 1) / unit_size);
 #ifdef FASTSSL_HAS_PAIRS
-  if (pairs) g.group = pairs::group_of(unit_size);
+  if (in_pairs) g.group = pairs::group_of(unit_size);
 #endif
   const int64_t num_units = tokens / unit_size;
   const int64_t tasks = (num_units + g.group - 1) / g.group * heads;
@@ -300,10 +300,10 @@ void run(const std::optional<Tensor>& dout, const Tensor& qkv, int64_t heads, in
   int64_t bytes;
 #ifdef FASTSSL_HAS_PAIRS
   pairs::Buffers buffers;
-  if (pairs) bytes = pairs::lay_out(g, backward, nullptr, &buffers);
+  if (in_pairs) bytes = pairs::lay_out(g, backward, nullptr, &buffers);
 #endif
   Operands operands;
-  if (!pairs) bytes = lay_out(g, backward, nullptr, &operands);
+  if (!in_pairs) bytes = lay_out(g, backward, nullptr, &operands);
   bytes = (bytes + 4095) / 4096 * 4096 + 64;
   Tensor scratch = torch::stable::new_empty(qkv, {workers, bytes}, ScalarType::Byte);
   uint8_t* scratch_ptr = output<uint8_t>(scratch);
@@ -314,7 +314,7 @@ void run(const std::optional<Tensor>& dout, const Tensor& qkv, int64_t heads, in
     const T *dout_ptr = backward ? input<T>(*dout) : nullptr, *qkv_ptr = input<T>(qkv);
     T* out_ptr = output<T>(out);
 #ifdef FASTSSL_HAS_PAIRS
-    if (pairs) {
+    if (in_pairs) {
       torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
         for (int64_t w = begin; w < end; ++w) {
           const auto words = [](auto* pointer) { return (uint16_t*)(pointer); };

@@ -34,7 +34,7 @@ inline int64_t group_of(int64_t unit_size) {
   return std::max<int64_t>(1, (least + unit_size - 1) / unit_size);
 }
 
-// The operands of one group and head, padded to whole tiles, one behind the other in scratch
+// The operands of one group and head, padded to multiples of 32, one behind the other in scratch
 // memory.
 struct Buffers {
   int64_t queries, keys, width;                        // padded to multiples of 32
@@ -127,7 +127,7 @@ FASTSSL_PAIRS inline void load_queries(const Geometry& g, const Buffers& b, cons
 }
 
 // Which of `count` keys the queries of a group's unit attend to: all of a single unit's; of units
-// that share a tile, of 64 keys at most, those whose bit is set.
+// that share a group, of 64 keys at most, those whose bit is set.
 struct Keys {
   int64_t count;
   uint64_t bits;
@@ -334,7 +334,8 @@ FASTSSL_PAIRS inline void backward(const Geometry& g, const Buffers& b, const ui
   for (int64_t i = 0; i < queries; i += kQueryBlock) {
     const int64_t rows = std::min(kQueryBlock, queries - i);
     // Tiles sum over whole tiles of queries below, of which all must be written.
-    const int64_t all_rows = grain().depth > 2 ? kQueryBlock : round_up(rows, grain().rows);
+    const int64_t all_rows =
+        best_unit() == Unit::tiles ? kQueryBlock : round_up(rows, grain().rows);
     multiply(b.q + i * b.width, b.width, b.k_columns, b.keys, b.scores, b.keys, all_rows,
              n.keys_padded, n.width_depth);
     multiply(b.dout + i * b.width, b.width, b.v_columns, b.keys, b.dp, b.keys, all_rows,

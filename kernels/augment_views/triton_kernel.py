@@ -19,11 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastssl.kernels.augment_views.reference import COLUMNS, filter_table, max_taps
-from fastssl.kernels.common.triton_utils import (
-    AotCase,
-    cdiv,
-    next_power_of_2,
-)
+from fastssl.kernels.common.triton_utils import AotCase, cdiv, next_power_of_2
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,7 @@ from fastssl.kernels.common.contrastive import (
     row_products,
 )
 from fastssl.kernels.common.libraries import triton_interprets
-from fastssl.kernels.common.triton_utils import (
-    cdiv,
-    device_properties,
-    next_power_of_2,
-)
+from fastssl.kernels.common.triton_utils import cdiv, device_properties, next_power_of_2
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastssl.kernels.common.triton_utils import (
-    AotCase,
-    cdiv,
-    device_properties,
-)
+from fastssl.kernels.common.triton_utils import AotCase, cdiv, device_properties
 
 
 @dataclass(frozen=True)

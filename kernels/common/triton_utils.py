@@ -26,7 +26,7 @@ def cdiv(x: int, y: int) -> int:
 
 def next_power_of_2(n: int) -> int:
     """triton.next_power_of_2, likewise."""
-    return 1 << (n - 1).bit_length()
+    return 1 << max(0, n - 1).bit_length()
 
 
 def batch_slices(batch: int, programs_per_slice: int, num_processors: int) -> int:

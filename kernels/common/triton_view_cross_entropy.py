@@ -10,12 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fastssl.kernels.common import triton_view_kernels as kernels
-from fastssl.kernels.common.triton_utils import (
-    AotCase,
-    cdiv,
-    device_properties,
-    next_power_of_2,
-)
+from fastssl.kernels.common.triton_utils import AotCase, cdiv, device_properties, next_power_of_2
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,7 @@ from torch import Tensor
 from fastssl.kernels.common.contrastive import Rows
 from fastssl.kernels.common.contrastive_triton import prepare
 from fastssl.kernels.common.libraries import triton_interprets
-from fastssl.kernels.common.triton_utils import (
-    AotCase,
-    cdiv,
-    next_power_of_2,
-)
+from fastssl.kernels.common.triton_utils import AotCase, cdiv, next_power_of_2
 
 __all__ = ["aot_cases", "compare", "prepare"]
 

@@ -7,10 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastssl.kernels.common.triton_philox import keyed_words, signed_word, uniform
-from fastssl.kernels.common.triton_utils import (
-    AotCase,
-    cdiv,
-)
+from fastssl.kernels.common.triton_utils import AotCase, cdiv
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastssl.kernels.common import libraries
-from fastssl.kernels.common.triton_utils import (
-    AotCase,
-    cdiv,
-    device_properties,
-    next_power_of_2,
-)
+from fastssl.kernels.common.triton_utils import AotCase, cdiv, device_properties, next_power_of_2
 
 
 @dataclass(frozen=True)

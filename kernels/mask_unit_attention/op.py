@@ -57,7 +57,8 @@ def mask_unit_attention(
     the queries are pooled first: query i of a unit is the maximum over its tokens i, i + u, i + 2 u
     and so on, for u = unit_size / q_stride queries per unit.
 
-    The result has qkv's dtype; scores and softmax are float32 inside the kernels. Where several
+    The result has qkv's dtype; scores and softmax are float32 inside the kernels. What is not
+    finite in one unit may reach the small units that are worked on with it. Where several
     tokens share a maximum, the first gets the gradient.
     Backward computes everything again from qkv, the only tensor saved.
 

@@ -11,10 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastssl.kernels.common.libraries import triton_interprets
-from fastssl.kernels.common.triton_utils import (
-    AotCase,
-    cdiv,
-)
+from fastssl.kernels.common.triton_utils import AotCase, cdiv
 from fastssl.kernels.mask_unit_attention.triton_blocks import (
     inner,
     load,

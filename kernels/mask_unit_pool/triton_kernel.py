@@ -6,11 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastssl.kernels.common.triton_utils import (
-    AotCase,
-    cdiv,
-    next_power_of_2,
-)
+from fastssl.kernels.common.triton_utils import AotCase, cdiv, next_power_of_2
 
 
 @dataclass(frozen=True)

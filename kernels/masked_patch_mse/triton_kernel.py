@@ -7,10 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastssl.kernels.common.triton_utils import (
-    AotCase,
-    next_power_of_2,
-)
+from fastssl.kernels.common.triton_utils import AotCase, next_power_of_2
 from fastssl.kernels.masked_patch_mse.reference import EPS
 
 _EPS = tl.constexpr(EPS)

@@ -11,10 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastssl.kernels.common.triton_utils import (
-    AotCase,
-    cdiv,
-)
+from fastssl.kernels.common.triton_utils import AotCase, cdiv
 
 
 @dataclass(frozen=True)

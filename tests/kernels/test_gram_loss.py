@@ -25,9 +25,6 @@ SHAPES = [(1, 1, 1, 1), (3, 7, 5, 2), (2, 131, 13, 17), (5, 29, 67, 67), (1, 300
 IMAGES, PATCHES = 4, 6
 
 
-# Workers compute on the CPU, where triton interprets.
-
-
 def make_features(dtype=torch.float64):
     torch.manual_seed(1)
     shape = (IMAGES, PATCHES)
@@ -169,7 +166,8 @@ def test_extreme_inputs_are_finite(scale, backend):
 def test_equal_features_give_zero(backend):
     student = torch.randn(2, 139, 5, device=device_of(backend))
     # A GPU subtracts while it adds up.
-    assert F.gram_loss(student, student.clone(), backend=backend) < 1e-14
+    most = 1e-14 if student.is_cuda else 0
+    assert 0 <= F.gram_loss(student, student.clone(), backend=backend) <= most
 
 
 def loss_and_gradient(student, teacher, backend, **kwargs):
@@ -275,7 +273,7 @@ def test_ranks_equal_one_process(gloo_pool, backend, img_level, world_size):
     torch.testing.assert_close(actual[1], gradient, rtol=1e-5, atol=atol)
 
 
-@pytest.mark.parametrize("backend", backends_on_ranks("gram_loss"))
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_ranks_that_weigh_the_loss_differently(gloo_pool, compiled, backend):
     features = torch.randn(4, 3, 5), torch.randn(4, 3, 7)

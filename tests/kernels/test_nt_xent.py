@@ -58,7 +58,7 @@ def check_against_truth(views, backend, temperature=0.2):
     # What scores are known to, times how often it is multiplied by them.
     scale = 1.7 / temperature
     atols = (
-        max(1e-6, 2**-23 / temperature),
+        max(1e-6, (2**-23 if t.is_cuda else 2**-24) / temperature),
         *(max(ATOL[dtype], 1e-6 * scale),) * 2,
         2e-6 * scale / temperature,
     )
@@ -390,7 +390,7 @@ def _unequal_losses(z0, z1, backend):
     return torch.autograd.grad((1 + rank) * loss, views)
 
 
-@pytest.mark.parametrize("backend", backends_on_ranks("nt_xent"))
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
 def test_ranks_may_weigh_their_losses(gloo_pool, backend):
     z0, z1 = make_views((6, 5))
     expected = gloo_pool.run(_unequal_losses, 2, z0, z1, "reference")

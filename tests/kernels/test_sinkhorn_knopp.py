@@ -20,7 +20,6 @@ BACKENDS = compiled_backends("sinkhorn_knopp")
 # Real sizes are too much for Triton's interpreter.
 COMPILED = [p for p in BACKENDS if p.values[0] == "cpp" or DEVICE.type == "cuda"]
 ALL = ["reference", *BACKENDS]
-# The ranks of the pool hold CPU tensors.
 # Numpy warns, in Triton's interpreter, of -max * factor = -inf.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in multiply:RuntimeWarning")
 # B, K: ones, primes, more samples than prototypes and fewer, several tiles of either.

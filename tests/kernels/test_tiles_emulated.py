@@ -36,6 +36,8 @@ def library(request, tmp_path_factory):
     link = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
     command = [compiler, *flags, source, "-o", str(target), *link]
     done = subprocess.run(command, capture_output=True, text=True)
+    if "too old for products of pairs" in done.stderr:
+        pytest.skip("the C++ compiler is too old for these kernels")
     assert done.returncode == 0, done.stderr[-3000:]
     return ctypes.CDLL(str(target))
 

@@ -47,6 +47,9 @@ void multiply_tiles(int c, int a, int b) {
 #define _tile_release() ((void)0)
 #define FASTSSL_BF16_UNIT UNIT
 #include "mask_unit_attention_bf16.h"
+#ifndef FASTSSL_HAS_PAIRS
+#error "this compiler is too old for products of pairs"
+#endif
 
 // As csrc/cpu/mask_unit_attention.cpp runs it, by one thread; forward without dout.
 extern "C" void attend(int64_t heads, int64_t head_dim, int64_t unit_size, int64_t q_stride,
