@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.published_distillation import Mlp
+
 Q, PATCH_STRIDE, NUM_SPLITS = 2, 4, 3
 UNIT = Q**NUM_SPLITS  # tokens along a mask unit's side, at first
 
@@ -38,15 +40,6 @@ class Attention(nn.Module):
             q = q.unflatten(3, (self.stride, -1)).max(3).values
         x = functional.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 3).reshape(B, -1, self.proj.in_features))
-
-
-class Mlp(nn.Module):
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.fc1, self.act, self.fc2 = nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
 
 
 class Block(nn.Module):

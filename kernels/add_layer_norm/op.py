@@ -7,7 +7,7 @@ from fastssl.kernels.add_layer_norm import reference
 from fastssl.kernels.common import dispatch
 from fastssl.kernels.common.autograd import reference_gradients
 from fastssl.kernels.common.checks import FLOAT_DTYPES, check_shape, check_tensor
-from fastssl.kernels.common.eager import direct, filled
+from fastssl.kernels.common.eager import custom_op, direct
 from fastssl.kernels.common.flops import counts_no_flops
 
 # Triton keeps a whole row in one program.
@@ -133,7 +133,8 @@ def _check(
     return dtype
 
 
-def _forward(
+@custom_op("fastssl::add_layer_norm", num_outputs=3)
+def _add_layer_norm(
     x: Tensor,
     branch: Tensor | None,
     weight: Tensor,
@@ -143,8 +144,12 @@ def _forward(
     eps: float,
     dtype: torch.dtype,
     backend: str,
-) -> tuple[Tensor | None, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     """residual (None without a branch), normed, and each row's mean and 1 / std [..., 2]."""
+    if backend == "reference":
+        arguments = (x, branch, weight, bias, gamma, scale, eps, dtype)
+        residual, normed = reference.add_layer_norm(*arguments)
+        return None if branch is None else residual, normed, None
     residual = None if branch is None else torch.empty_like(x)
     normed = torch.empty_like(x, dtype=dtype)
     stats = x.new_empty((*x.shape[:-1], 2), dtype=torch.float32)
@@ -158,39 +163,18 @@ def _forward(
     return residual, normed, stats
 
 
-@torch.library.custom_op("fastssl::add_layer_norm", mutates_args=())
-def _add_layer_norm(
-    x: Tensor,
-    branch: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    gamma: Tensor | None,
-    scale: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    arguments = (x, branch, weight, bias, gamma, scale, eps)
-    if backend != "reference":
-        return filled(_forward(*arguments, dtype, backend), x, x.dtype)
-    outputs = _add_layer_norm_fake(*arguments, dtype, backend)
-    for output, result in zip(outputs, reference.add_layer_norm(*arguments, dtype), strict=False):
-        if output.numel() > 0:
-            output.copy_(result)
-    return outputs
-
-
 @_add_layer_norm.register_fake
 def _add_layer_norm_fake(x, branch, weight, bias, gamma, scale, eps, dtype, backend):
-    stats = (0,) if backend == "reference" else (*x.shape[:-1], 2)
+    no_stats = backend == "reference"
     return (
         x.new_empty((0,) if branch is None else x.shape),
         x.new_empty(x.shape, dtype=dtype),
-        x.new_empty(stats, dtype=torch.float32),
+        x.new_empty((0,)) if no_stats else x.new_empty((*x.shape[:-1], 2), dtype=torch.float32),
     )
 
 
-def _gradients(
+@custom_op("fastssl::add_layer_norm_backward", num_outputs=5)
+def _add_layer_norm_backward(
     dresidual: Tensor | None,
     dnormed: Tensor,
     residual: Tensor,
@@ -228,28 +212,6 @@ def _gradients(
     return written
 
 
-@torch.library.custom_op("fastssl::add_layer_norm_backward", mutates_args=())
-def _add_layer_norm_backward(
-    dresidual: Tensor | None,
-    dnormed: Tensor,
-    residual: Tensor,
-    stats: Tensor,
-    weight: Tensor,
-    branch: Tensor | None,
-    gamma: Tensor | None,
-    scale: Tensor | None,
-    branch_dtype: torch.dtype | None,
-    wants_affine: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = (dresidual, dnormed, residual, stats, weight, branch, gamma, scale)
-    dx, dbranch, *sums = _gradients(*inputs, branch_dtype, wants_affine, backend)
-    return (
-        *filled((dx, dbranch), residual, residual.dtype),
-        *filled(sums, residual, torch.float32),
-    )
-
-
 @_add_layer_norm_backward.register_fake
 def _add_layer_norm_backward_fake(
     dresidual,
@@ -264,16 +226,15 @@ def _add_layer_norm_backward_fake(
     wants_affine,
     backend,
 ):
-    dim = residual.shape[-1]
-    affine = dim if wants_affine else 0
+    like = dnormed if dresidual is None else dresidual
+    sums = [residual.new_empty(residual.shape[-1:], dtype=torch.float32) for _ in range(3)]
     return (
         residual.new_empty(residual.shape),
-        residual.new_empty(
-            (0,) if branch_dtype is None else residual.shape, dtype=branch_dtype or residual.dtype
-        ),
-        residual.new_empty((affine,), dtype=torch.float32),
-        residual.new_empty((affine,), dtype=torch.float32),
-        residual.new_empty((0 if branch is None else dim,), dtype=torch.float32),
+        like.new_empty((0,))
+        if branch_dtype is None
+        else residual.new_empty(residual.shape, dtype=branch_dtype),
+        *(sums[:2] if wants_affine else (like.new_empty((0,)), like.new_empty((0,)))),
+        like.new_empty((0,)) if branch is None else sums[2],
     )
 
 
@@ -347,6 +308,6 @@ def _gradients_of_reference(ctx, dresidual, dnormed):
 
 
 _add_layer_norm.register_autograd(_backward, setup_context=_setup_context)
-_call = direct(_add_layer_norm, _setup_context, _backward, _forward)
-_call_backward = direct(_add_layer_norm_backward, body=_gradients)
+_call = direct(_add_layer_norm, _setup_context, _backward)
+_call_backward = direct(_add_layer_norm_backward)
 counts_no_flops(torch.ops.fastssl.add_layer_norm, torch.ops.fastssl.add_layer_norm_backward)

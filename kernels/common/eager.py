@@ -6,7 +6,9 @@ op's own backward: 40 microseconds instead of 120 for a forward and its backward
 small kernel takes.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+import inspect
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +17,38 @@ from torch.library import CustomOpDef
 _PLAIN = (Tensor, nn.Parameter)
 
 
+def custom_op(name: str, num_outputs: int) -> Callable[[Callable], CustomOpDef]:
+    """torch.library.custom_op of a body that returns None for outputs which are not there.
+
+    The registered op returns an empty tensor of the first tensor's dtype for each, and so must its
+    fake. `direct` leaves the Nones: on a GPU's host an empty tensor costs microseconds.
+    """
+
+    def register(body: Callable) -> CustomOpDef:
+        @functools.wraps(body)
+        def filled(*args: object) -> tuple[Tensor, ...]:
+            like = next(x for x in args if isinstance(x, Tensor))
+            return tuple(like.new_empty((0,)) if x is None else x for x in body(*args))
+
+        filled.__signature__ = inspect.signature(body).replace(
+            return_annotation=tuple[(Tensor,) * num_outputs]
+        )
+        return torch.library.custom_op(name, filled, mutates_args=())
+
+    return register
+
+
 def direct(
     op: CustomOpDef,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
-    body: Callable | None = None,
 ) -> Callable:
     """A function of the op's positional arguments: the op's body where nothing intercepts calls.
 
     `setup_context` and `backward` are those of op.register_autograd; None for an op without a
-    gradient. `body` may stand for the op's, with None where that returns an empty tensor, as a
-    registered op must: on a GPU's host such tensors cost microseconds each.
+    gradient.
     """
-    registered, body = op._opoverload, body or op._init_fn
+    registered, body = op._opoverload, getattr(op._init_fn, "__wrapped__", op._init_fn)
     differentiable = body
     if backward is not None:
         # With a setup_context of its own the Function would inspect forward's signature per call.
@@ -64,13 +85,6 @@ def _once(backward: Callable) -> Callable:
     return run
 
 
-def filled(
-    outputs: Sequence[Tensor | None], like: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, ...]:
-    """`outputs` with an empty tensor for each that is None."""
-    return tuple(like.new_empty((0,), dtype=dtype) if x is None else x for x in outputs)
-
-
 class _FirstDerivative(torch.autograd.Function):
     """`grad`, for autograd a function of the tensors that it was made of."""
 
@@ -95,7 +109,7 @@ def is_intercepted(args: tuple) -> bool:
         or torch.jit.is_tracing()
     ):
         return True
-    # A loop, which takes a third of a generator's time.
+    # A loop, which takes less time than a generator.
     for x in args:
         if type(x) not in _PLAIN and isinstance(x, Tensor):
             return True

@@ -60,11 +60,18 @@ def rows_per_slice(num_rows: int, slices: int, block_m: int) -> int:
     return cdiv(cdiv(num_rows, slices), block_m) * block_m
 
 
-def sum_slices(x: Tensor, slices: int) -> Tensor:  # [M, N] -> [slices, N]
+def total(parts: Tensor) -> Tensor:  # [slices, N] -> [N]
+    """The sum of the parts: few, so that torch's launch costs less than one of ours."""
+    return parts[0] if parts.shape[0] == 1 else parts.sum(0)
+
+
+def column_sums(x: Tensor) -> Tensor:  # [M, N] -> [N] float32
     rows, columns = x.shape
+    if x.numel() == 0:
+        return x.new_zeros((columns,), dtype=torch.float32)
+    slices = num_slices(rows, columns, CONFIG.BLOCK_M, CONFIG.BLOCK_N, x.device)
     parts = x.new_empty((slices, columns), dtype=torch.float32)
-    grid = (slices * cdiv(columns, CONFIG.BLOCK_N),)
-    _column_sums_kernel[grid](
+    _column_sums_kernel[(slices * cdiv(columns, CONFIG.BLOCK_N),)](
         x,
         parts,
         rows,
@@ -74,18 +81,7 @@ def sum_slices(x: Tensor, slices: int) -> Tensor:  # [M, N] -> [slices, N]
         BLOCK_N=CONFIG.BLOCK_N,
         num_warps=CONFIG.num_warps,
     )
-    return parts
-
-
-def total(parts: Tensor) -> Tensor:  # [slices, N] -> [N]
-    """The sum of the parts: few, so that torch's launch costs less than one of ours."""
-    return parts[0] if parts.shape[0] == 1 else parts.sum(0)
-
-
-def column_sums(x: Tensor) -> Tensor:  # [M, N] -> [N] float32
-    if x.numel() == 0:
-        return x.new_zeros((x.shape[1],), dtype=torch.float32)
-    return total(sum_slices(x, num_slices(*x.shape, CONFIG.BLOCK_M, CONFIG.BLOCK_N, x.device)))
+    return total(parts)
 
 
 def aot_cases() -> list[AotCase]:

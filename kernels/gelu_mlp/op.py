@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastssl.kernels.common import dispatch, products
-from fastssl.kernels.common.eager import direct, filled
+from fastssl.kernels.common.eager import custom_op, direct
 from fastssl.kernels.gelu_mlp import reference
 
 
@@ -61,7 +61,8 @@ def gelu_mlp(
     )[0]
 
 
-def _forward(
+@custom_op("fastssl::gelu_mlp", num_outputs=5)
+def _gelu_mlp(
     x: Tensor,
     fc1_weight: Tensor,
     fc1_bias: Tensor | None,
@@ -92,21 +93,6 @@ def _forward(
     )
 
 
-@torch.library.custom_op("fastssl::gelu_mlp", mutates_args=())
-def _gelu_mlp(
-    x: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    dtype: torch.dtype,
-    saves: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tensors = (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    return filled(_forward(*tensors, dtype, saves, backend), x, dtype)
-
-
 def _kept(
     x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor, dtype: torch.dtype, saves: bool
 ) -> list[bool]:
@@ -122,13 +108,14 @@ def _gelu_mlp_fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, dtype, saves, 
     return (
         x.new_empty((*x.shape[:-1], fc2_weight.shape[0]), dtype=dtype),
         *(
-            x.new_empty(shape if keep else (0,), dtype=dtype)
+            x.new_empty(shape, dtype=dtype) if keep else x.new_empty((0,))
             for shape, keep in zip(shapes, kept, strict=True)
         ),
     )
 
 
-def _gradients(
+@custom_op("fastssl::gelu_mlp_backward", num_outputs=5)
+def _gelu_mlp_backward(
     dy: Tensor,
     x: Tensor | None,
     h: Tensor,
@@ -164,27 +151,6 @@ def _gradients(
         dx = products.cast(products.multiply(dh, fc1_weight, backend), dx_dtype, backend)
         dx = dx.view(*shape)
     return dx, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias
-
-
-@torch.library.custom_op("fastssl::gelu_mlp_backward", mutates_args=())
-def _gelu_mlp_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    h: Tensor,
-    fc1_weight: Tensor | None,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    shape: Sequence[int],
-    dx_dtype: torch.dtype | None,
-    dfc1_weight_dtype: torch.dtype | None,
-    dfc1_bias_dtype: torch.dtype | None,
-    dfc2_weight_dtype: torch.dtype | None,
-    dfc2_bias_dtype: torch.dtype | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    saved = (x, h, fc1_weight, fc1_bias, fc2_weight)
-    dtypes = (dx_dtype, dfc1_weight_dtype, dfc1_bias_dtype, dfc2_weight_dtype, dfc2_bias_dtype)
-    return filled(_gradients(dy, *saved, shape, *dtypes, backend), dy, dy.dtype)
 
 
 def _gelu_backward(
@@ -251,8 +217,8 @@ def _backward(ctx, dy, *_):
 
 
 _gelu_mlp.register_autograd(_backward, setup_context=_setup_context)
-_call = direct(_gelu_mlp, _setup_context, _backward, _forward)
-_call_backward = direct(_gelu_mlp_backward, body=_gradients)
+_call = direct(_gelu_mlp, _setup_context, _backward)
+_call_backward = direct(_gelu_mlp_backward)
 
 
 @register_flop_formula(torch.ops.fastssl.gelu_mlp)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastssl.kernels.common import dispatch, products
-from fastssl.kernels.common.eager import direct, filled
+from fastssl.kernels.common.eager import custom_op, direct
 from fastssl.kernels.linear import reference
 
 
@@ -48,7 +48,8 @@ def linear(
     return _call(x.contiguous(), weight.contiguous(), bias, dtype, name)[0]
 
 
-def _forward(
+@custom_op("fastssl::linear", num_outputs=3)
+def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y, and x and weight in `dtype`; None where they have it already."""
@@ -62,13 +63,6 @@ def _forward(
     )
 
 
-@torch.library.custom_op("fastssl::linear", mutates_args=())
-def _linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return filled(_forward(x, weight, bias, dtype, backend), x, x.dtype)
-
-
 @_linear.register_fake
 def _linear_fake(x, weight, bias, dtype, backend):
     return (
@@ -78,7 +72,8 @@ def _linear_fake(x, weight, bias, dtype, backend):
     )
 
 
-def _gradients(
+@custom_op("fastssl::linear_backward", num_outputs=3)
+def _linear_backward(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
@@ -102,21 +97,6 @@ def _gradients(
             dx = products.cast(products.multiply(dy, weight, backend), dx_dtype, backend)
             dx = dx.view(*shape)
     return dx, dweight, dbias
-
-
-@torch.library.custom_op("fastssl::linear_backward", mutates_args=())
-def _linear_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    shape: Sequence[int],
-    dx_dtype: torch.dtype | None,
-    dweight_dtype: torch.dtype | None,
-    dbias_dtype: torch.dtype | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtypes = (dx_dtype, dweight_dtype, dbias_dtype)
-    return filled(_gradients(dy, x, weight, shape, *dtypes, backend), dy, dy.dtype)
 
 
 @_linear_backward.register_fake
@@ -162,8 +142,8 @@ def _backward(ctx, dy, *_):
 
 
 _linear.register_autograd(_backward, setup_context=_setup_context)
-_call = direct(_linear, _setup_context, _backward, _forward)
-_call_backward = direct(_linear_backward, body=_gradients)
+_call = direct(_linear, _setup_context, _backward)
+_call_backward = direct(_linear_backward)
 
 
 @register_flop_formula(torch.ops.fastssl.linear)
