@@ -28,6 +28,8 @@
 
 namespace fastssl::pairs {
 
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
 // What multiplies pairs: no instruction, dot products of vectors, or tiles.
 enum class Unit { none, dots, tiles };
 
@@ -209,20 +211,32 @@ FASTSSL_PAIRS inline void copy_padded(const uint16_t* src, int64_t stride, int64
   }
 }
 
+// Makes pairs of 32 words of two rows.
+class PairOrder {
+ public:
+  FASTSSL_PAIRS PairOrder() {
+    alignas(64) uint16_t order[32];
+    for (int i = 0; i < 32; ++i) order[i] = uint16_t(i / 2 + i % 2 * 32);
+    low_ = _mm512_load_si512(order);
+    high_ = _mm512_add_epi16(low_, _mm512_set1_epi16(16));
+  }
+  FASTSSL_PAIRS void store(__m512i even, __m512i odd, uint32_t* to) const {
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi16(even, low_, odd));
+    _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(even, high_, odd));
+  }
+
+ private:
+  __m512i low_, high_;
+};
+
 // Pairs of consecutive rows: [R, W] -> [R / 2, W], R even and W a multiple of 32.
 FASTSSL_PAIRS inline void pair_rows(const uint16_t* src, int64_t ld, int64_t R, int64_t W,
                                     uint32_t* dst, int64_t ldd) {
-  alignas(64) uint16_t order[32];
-  for (int i = 0; i < 32; ++i) order[i] = uint16_t(i / 2 + i % 2 * 32);
-  const __m512i low = _mm512_load_si512(order);
-  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  const PairOrder order;
   for (int64_t r = 0; r < R; r += 2) {
     for (int64_t c = 0; c < W; c += 32) {
       const __m512i even = _mm512_loadu_si512(src + r * ld + c);
-      const __m512i odd = _mm512_loadu_si512(src + (r + 1) * ld + c);
-      uint32_t* to = dst + r / 2 * ldd + c;
-      _mm512_storeu_si512(to, _mm512_permutex2var_epi16(even, low, odd));
-      _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(even, high, odd));
+      order.store(even, _mm512_loadu_si512(src + (r + 1) * ld + c), dst + r / 2 * ldd + c);
     }
   }
 }

@@ -10,8 +10,6 @@ namespace fastssl::pairs {
 
 constexpr int64_t kQueryBlock = 32;
 
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 // The sizes that a group's products have.
 struct Sizes {
   int64_t keys, width;              // as columns

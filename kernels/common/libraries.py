@@ -23,7 +23,7 @@ def why_no_cpp_library() -> str | None:
 def bf16_unit() -> str:
     """What the CPU library multiplies bfloat16 on: "tiles" (Intel's AMX), "dots" of pairs (AVX-512
     BF16), or "none"."""
-    return torch.ops.fastssl_csrc.bf16_unit() if _load_cpp_library() is None else "none"
+    return _find_bf16_unit()
 
 
 @torch.compiler.assume_constant_result
@@ -68,6 +68,13 @@ def _load_cpp_library() -> str | None:
     except OSError as error:
         return f"the CPU library did not load into torch {torch.__version__}: {_cause(error)}"
     return None
+
+
+@functools.cache
+def _find_bf16_unit() -> str:
+    # Asked once: torch's stable ABI never frees a returned string, and blocks that stay between
+    # the large ones of a training step make malloc take new memory in every step.
+    return torch.ops.fastssl_csrc.bf16_unit() if _load_cpp_library() is None else "none"
 
 
 @functools.cache

@@ -1,8 +1,9 @@
 """The matrix products of linear layers and the casts around them: what linear and gelu_mlp share.
 
-M rows, K inputs, N outputs. Every tensor is contiguous. Products are torch's; on a CPU they write
-into huge pages, since a training step frees and maps hundreds of MB, and page faults of 4 KB pages
-cost more than the writing itself.
+M rows, K inputs, N outputs. Every tensor is contiguous. Products are torch's or, in bfloat16 on
+CPUs with dot products of pairs, the CPU library's. On a CPU they write into huge pages, since a
+training step frees and maps hundreds of MB, and page faults of 4 KB pages cost more than the
+writing itself.
 """
 
 import functools
@@ -11,12 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastssl.kernels.common import libraries
 from fastssl.kernels.common.checks import check_shape, check_tensor
 
 # Rows per partial sum on a CPU, as in csrc/cpu/linear.cpp and gelu_mlp.cpp.
 SUM_ROWS = 32
 # Inputs from which on the product of a transposed dy gains more than transposing x saves.
 WIDE = 768
+# What weights are read in, and gradients written, where the CPU library multiplies itself.
+_PAIRS_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def check_linear(
@@ -58,7 +62,80 @@ def cast(x: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     return out
 
 
-def multiply(x: Tensor, other: Tensor, backend: str) -> Tensor:  # [M, K], [K, N] -> [M, N]
+def is_operand(weight: Tensor, dtype: torch.dtype, backend: str) -> bool:
+    """Whether products in `dtype` read `weight` as it is: no cast of it is made or saved."""
+    return weight.dtype == dtype or _in_pairs(weight, dtype, backend)
+
+
+def operand(weight: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    return weight if is_operand(weight, dtype, backend) else cast(weight, dtype, backend)
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:  # -> [M, N]
+    """x weight^T + bias in x's dtype, from x [M, K], an operand [N, K] and a bias of any dtype."""
+    if _in_pairs(weight, x.dtype, backend):
+        out = x.new_empty((x.shape[0], weight.shape[0]))
+        bias = None if bias is None else bias.float()
+        threads = torch.get_num_threads()
+        torch.ops.fastssl_csrc.linear_product(x, weight, False, bias, threads, out)
+        return out
+    if bias is None:
+        return _multiply(x, weight.t(), backend)
+    bias = bias.to(x.dtype)
+    if backend == "cpp" and _adds_bias_in_product(x.dtype):
+        # addmm copies the bias into its result first, and then reads it back.
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return functional.linear(x, weight, bias)
+
+
+def input_gradient(dy: Tensor, weight: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    """dy weight in `dtype`, from dy [M, N] and an operand [N, K]: [M, K]."""
+    if _in_pairs(weight, dy.dtype, backend) and dtype in _PAIRS_DTYPES:
+        out = dy.new_empty((dy.shape[0], weight.shape[1]), dtype=dtype)
+        threads = torch.get_num_threads()
+        torch.ops.fastssl_csrc.linear_product(dy, weight, True, None, threads, out)
+        return out
+    return cast(_multiply(dy, weight, backend), dtype, backend)
+
+
+def parameter_gradients(
+    dy: Tensor,
+    x: Tensor | None,
+    dweight_dtype: torch.dtype | None,
+    dbias_dtype: torch.dtype | None,
+    backend: str,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dy^T x [N, K] and the sums of dy's columns [N], from dy [M, N] and x [M, K]; what has no
+    dtype is not wanted, and None."""
+    if dweight_dtype in _PAIRS_DTYPES and _reads_pairs(dy.dtype, backend):
+        dweight = dy.new_empty((dy.shape[1], x.shape[1]), dtype=dweight_dtype)
+        parts = sums = None
+        if dbias_dtype is not None:
+            parts, sums = new_parts(dy), dy.new_empty((dy.shape[1],), dtype=torch.float32)
+        threads = torch.get_num_threads()
+        torch.ops.fastssl_csrc.linear_weight_gradient(dy, x, parts, sums, threads, dweight)
+        return dweight, None if sums is None else sums.to(dbias_dtype)
+    dweight = dbias = None
+    if dbias_dtype is not None:
+        dbias = column_sums(dy, backend).to(dbias_dtype)
+    if dweight_dtype is not None:
+        dweight = _weight_gradient(dy, x, dweight_dtype, backend)
+    return dweight, dbias
+
+
+def _in_pairs(weight: Tensor, dtype: torch.dtype, backend: str) -> bool:
+    """Whether the CPU library multiplies with `weight` itself, in pairs of rows and of columns."""
+    N, K = weight.shape
+    even = N > 0 and K > 0 and N % 2 == 0 and K % 2 == 0
+    return _reads_pairs(dtype, backend) and weight.dtype in _PAIRS_DTYPES and even
+
+
+def _reads_pairs(dtype: torch.dtype, backend: str) -> bool:
+    # On AMX the products are torch's.
+    return backend == "cpp" and dtype == torch.bfloat16 and libraries.bf16_unit() == "dots"
+
+
+def _multiply(x: Tensor, other: Tensor, backend: str) -> Tensor:  # [M, K], [K, N] -> [M, N]
     out = x.new_empty((x.shape[0], other.shape[1]))
     if backend == "cpp":
         torch.ops.fastssl_csrc.linear_prefer_huge_pages(out)
@@ -66,28 +143,17 @@ def multiply(x: Tensor, other: Tensor, backend: str) -> Tensor:  # [M, K], [K, N
     return torch.mm(x, other, out=out)
 
 
-def affine(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:  # -> [M, N]
-    """x weight^T + bias, all in one dtype but the bias, which may have another."""
-    if bias is not None:
-        bias = bias.to(x.dtype)
-    if backend == "cpp" and _adds_bias_in_product(x.dtype):
-        # addmm copies the bias into its result first, and then reads it back.
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return functional.linear(x, weight, bias)
-
-
-def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    """dy^T x in `dtype`, from dy [M, N] and x [M, K]: [N, K]."""
+def _weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     if dy.dtype == torch.float32 or backend != "cpp":
         if dy.is_cuda and dtype == torch.float32 != dy.dtype:
             # The product's float32 sums, never rounded.
             return torch.mm(dy.t(), x, out_dtype=dtype)
-        return multiply(dy.t(), x, backend).to(dtype)
+        return _multiply(dy.t(), x, backend).to(dtype)
     # The product takes twice as long from an operand that lies transposed. Either is transposed
     # beforehand; where it is x, the cast of the result turns that back.
     if dy.shape[1] <= x.shape[1] or x.shape[1] >= WIDE:
-        return cast(multiply(_transpose(dy, dy.dtype), x, backend), dtype, backend)
-    return _transpose(multiply(_transpose(x, x.dtype), dy, backend), dtype)
+        return cast(_multiply(_transpose(dy, dy.dtype), x, backend), dtype, backend)
+    return _transpose(_multiply(_transpose(x, x.dtype), dy, backend), dtype)
 
 
 def column_sums(x: Tensor, backend: str) -> Tensor:  # [M, N] -> [N] float32

@@ -18,7 +18,7 @@ of bfloat16 are polynomials within 8e-6 and 1e-4, otherwise within 3e-7.
 
 FLOPs: 2 MH(K + N) forward, twice that backward. Bytes beside the products, with e per element of
 the product's dtype: forward reads and writes MHe, backward reads and writes 2 MHe. Saved for
-backward: x, h and both weights in the product's dtype; h, MHe bytes, only once, where eager saves
+backward: x, h and both weights as `linear` saves them; h, MHe bytes, only once, where eager saves
 the activation as well. Peak extra memory: MHe forward (0 without gradients), 2 MHe backward, and
 what linear needs.
 """

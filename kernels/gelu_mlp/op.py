@@ -38,9 +38,10 @@ def gelu_mlp(
     """gelu(x fc1_weight^T + fc1_bias) fc2_weight^T + fc2_bias, with the exact GELU (by erf).
 
     Under autocast the products and the result have the autocast dtype, and every gradient comes
-    in the dtype of what it belongs to. x, the hidden layer before bias and GELU, and the weights
-    are saved, in the products' dtype; the activation is made again in backward. The weights and
-    biases are parameters: under FSDP2 call this inside the forward of the module that owns them.
+    in the dtype of what it belongs to. x and the hidden layer before bias and GELU are saved in the
+    products' dtype, the weights as `linear` does; the activation is made again in backward. The
+    weights and biases are parameters: under FSDP2 call this inside the forward of the module that
+    owns them.
 
     Raises ValueError or TypeError for arguments that do not fit, naming them.
     """
@@ -72,10 +73,14 @@ def _gelu_mlp(
     saves: bool,
     backend: str,
 ) -> tuple[Tensor | None, ...]:
-    """y, and for backward h = x fc1_weight^T and x, fc1_weight and fc2_weight in `dtype`; what is
-    not needed, or has the dtype already, is None."""
-    own = [products.cast(value, dtype, backend) for value in (x, fc1_weight, fc2_weight)]
-    h = products.multiply(products.rows_of(own[0]), own[1].t(), backend)
+    """y, and for backward h = x fc1_weight^T and x, fc1_weight and fc2_weight as the products took
+    them; what is not needed, or is as it came, is None."""
+    weights = (fc1_weight, fc2_weight)
+    own = [
+        products.cast(x, dtype, backend),
+        *(products.operand(weight, dtype, backend) for weight in weights),
+    ]
+    h = products.affine(products.rows_of(own[0]), own[1], None, backend)
     activation = torch.empty_like(h) if saves else h
     bias = None if fc1_bias is None else fc1_bias.float()
     if backend == "cpp":
@@ -86,7 +91,7 @@ def _gelu_mlp(
         triton_kernel.gelu_mlp_fwd(h, bias, activation)
     y = products.affine(activation, own[2], fc2_bias, backend)
     saved = (h, *own)
-    kept = _kept(x, fc1_weight, fc2_weight, dtype, saves)
+    kept = _kept(x, weights, dtype, saves, backend)
     return (
         y.view(*x.shape[:-1], fc2_weight.shape[0]),
         *(value if keep else None for value, keep in zip(saved, kept, strict=True)),
@@ -94,17 +99,18 @@ def _gelu_mlp(
 
 
 def _kept(
-    x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor, dtype: torch.dtype, saves: bool
+    x: Tensor, weights: Sequence[Tensor], dtype: torch.dtype, saves: bool, backend: str
 ) -> list[bool]:
-    """Whether h and the casts of x, fc1_weight and fc2_weight go from forward to backward."""
-    return [saves, *(saves and value.dtype != dtype for value in (x, fc1_weight, fc2_weight))]
+    """Whether h and the casts of x and the weights go from forward to backward."""
+    casts = [not products.is_operand(weight, dtype, backend) for weight in weights]
+    return [saves, *(saves and cast for cast in (x.dtype != dtype, *casts))]
 
 
 @_gelu_mlp.register_fake
 def _gelu_mlp_fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, dtype, saves, backend):
     num_rows, num_hidden = math.prod(x.shape[:-1]), fc1_weight.shape[0]
     shapes = ((num_rows, num_hidden), x.shape, fc1_weight.shape, fc2_weight.shape)
-    kept = _kept(x, fc1_weight, fc2_weight, dtype, saves)
+    kept = _kept(x, (fc1_weight, fc2_weight), dtype, saves, backend)
     return (
         x.new_empty((*x.shape[:-1], fc2_weight.shape[0]), dtype=dtype),
         *(
@@ -132,24 +138,21 @@ def _gelu_mlp_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x (of `shape`), fc1_weight, fc1_bias, fc2_weight and fc2_bias; those without a
     dtype are not wanted, and None."""
-    dx = dfc1_weight = dfc1_bias = dfc2_weight = dfc2_bias = None
+    dx = dfc1_bias = None
     dy = products.rows_of(dy)
-    if dfc2_bias_dtype is not None:
-        dfc2_bias = products.column_sums(dy, backend).to(dfc2_bias_dtype)
-    dh = products.multiply(dy, fc2_weight, backend)
+    dh = products.input_gradient(dy, fc2_weight, dy.dtype, backend)
     activation = torch.empty_like(h)
     sums = _gelu_backward(h, fc1_bias, dh, activation, backend)
     if dfc1_bias_dtype is not None:
         dfc1_bias = sums.to(dfc1_bias_dtype)
-    if dfc2_weight_dtype is not None:
-        dfc2_weight = products.weight_gradient(dy, activation, dfc2_weight_dtype, backend)
+    dfc2_weight, dfc2_bias = products.parameter_gradients(
+        dy, activation, dfc2_weight_dtype, dfc2_bias_dtype, backend
+    )
     del activation
-    if dfc1_weight_dtype is not None:
-        x = products.rows_of(x)
-        dfc1_weight = products.weight_gradient(dh, x, dfc1_weight_dtype, backend)
+    x = None if dfc1_weight_dtype is None else products.rows_of(x)
+    dfc1_weight, _ = products.parameter_gradients(dh, x, dfc1_weight_dtype, None, backend)
     if dx_dtype is not None:
-        dx = products.cast(products.multiply(dh, fc1_weight, backend), dx_dtype, backend)
-        dx = dx.view(*shape)
+        dx = products.input_gradient(dh, fc1_weight, dx_dtype, backend).view(*shape)
     return dx, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias
 
 
@@ -183,16 +186,18 @@ def _gelu_mlp_backward_fake(dy, x, h, fc1_weight, fc1_bias, fc2_weight, shape, *
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, dtype, _, ctx.backend = inputs
+    *tensors, dtype, _, backend = inputs
     x, fc1_weight, fc1_bias, fc2_weight, _ = tensors
+    ctx.backend = backend
     ctx.shape = x.shape
     ctx.dtypes = [
         value.dtype if want else None
         for value, want in zip(tensors, ctx.needs_input_grad, strict=False)
     ]
-    own_x, own_fc1_weight, own_fc2_weight = (
-        value if value.dtype == dtype else cast
-        for value, cast in zip((x, fc1_weight, fc2_weight), output[2:], strict=True)
+    own_x = x if x.dtype == dtype else output[2]
+    own_fc1_weight, own_fc2_weight = (
+        weight if products.is_operand(weight, dtype, backend) else cast
+        for weight, cast in zip((fc1_weight, fc2_weight), output[3:], strict=True)
     )
     wants_x, wants_fc1_weight = ctx.needs_input_grad[:2]
     # Autograd would fill gradients of the casts with zeros.

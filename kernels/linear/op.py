@@ -33,10 +33,10 @@ def linear(
     """x weight^T + bias, as torch.nn.functional.linear.
 
     Under autocast the product and the result have the autocast dtype, and the gradients of x,
-    weight and bias come in the dtypes of these, without autograd's casts. x and weight are saved
-    in the product's dtype. In float32 and float64 without autocast it is F.linear, on every
-    backend. weight and bias are parameters: under FSDP2 call this inside the forward of the module
-    that owns them.
+    weight and bias come in the dtypes of these, without autograd's casts. x is saved in the
+    product's dtype, weight too unless the product reads it as it is. In float32 and float64
+    without autocast it is F.linear, on every backend. weight and bias are parameters: under FSDP2
+    call this inside the forward of the module that owns them.
 
     Raises ValueError or TypeError for arguments that do not fit, naming them.
     """
@@ -52,9 +52,9 @@ def linear(
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """y, and x and weight in `dtype`; None where they have it already."""
+    """y, and x and weight as the products took them; None where that is as they are."""
     own_x = products.cast(x, dtype, backend)
-    own_weight = products.cast(weight, dtype, backend)
+    own_weight = products.operand(weight, dtype, backend)
     y = products.affine(products.rows_of(own_x), own_weight, bias, backend)
     return (
         y.view(*x.shape[:-1], weight.shape[0]),
@@ -65,10 +65,11 @@ def _linear(
 
 @_linear.register_fake
 def _linear_fake(x, weight, bias, dtype, backend):
+    casts_weight = not products.is_operand(weight, dtype, backend)
     return (
         x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype),
         x.new_empty((0,)) if x.dtype == dtype else x.new_empty(x.shape, dtype=dtype),
-        x.new_empty((0,)) if weight.dtype == dtype else x.new_empty(weight.shape, dtype=dtype),
+        x.new_empty(weight.shape, dtype=dtype) if casts_weight else x.new_empty((0,)),
     )
 
 
@@ -84,18 +85,14 @@ def _linear_backward(
     backend: str,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx of `shape`, dweight and dbias; those without a dtype are not wanted, and None."""
-    dx = dweight = dbias = None
+    dx = None
     dy = products.rows_of(dy)
     # The dtypes are decided, whatever context backward is called in.
     with torch.autocast(dy.device.type, enabled=False):
-        if dbias_dtype is not None:
-            dbias = products.column_sums(dy, backend).to(dbias_dtype)
-        if dweight_dtype is not None:
-            x = products.rows_of(x)
-            dweight = products.weight_gradient(dy, x, dweight_dtype, backend)
+        x = None if dweight_dtype is None else products.rows_of(x)
+        dweight, dbias = products.parameter_gradients(dy, x, dweight_dtype, dbias_dtype, backend)
         if dx_dtype is not None:
-            dx = products.cast(products.multiply(dy, weight, backend), dx_dtype, backend)
-            dx = dx.view(*shape)
+            dx = products.input_gradient(dy, weight, dx_dtype, backend).view(*shape)
     return dx, dweight, dbias
 
 
@@ -127,7 +124,9 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
         (x if x.dtype == dtype else own_x) if wants_weight else None,
-        (weight if weight.dtype == dtype else own_weight) if wants_x else None,
+        (weight if products.is_operand(weight, dtype, ctx.backend) else own_weight)
+        if wants_x
+        else None,
     )
 
 

@@ -1,0 +1,344 @@
+// Matrix products of linear layers by dot products of bfloat16 pairs (AVX-512 BF16). Weights and
+// their gradients may be float32: they are rounded while they are packed, and never stored rounded.
+//
+// A product's right operand is packed into panels of 32 columns: [depth / 2, 32] pairs, two
+// consecutive rows of one column making a 32-bit word, zeros past its end. Each element of the
+// result is summed by one thread in an order of its own, whatever the number of threads.
+#pragma once
+
+#include "bf16_pairs.h"
+#include "ranges.h"
+
+#ifdef FASTSSL_HAS_PAIRS
+
+namespace fastssl::pairs {
+
+// Columns of a panel.
+constexpr int64_t kPanel = 32;
+// Rows whose sums stay in registers, beside a panel's two vectors.
+constexpr int kRows = 14;
+// Depth that is summed before the next panel's turn, and rows that share a packed panel then.
+constexpr int64_t kDepth = 768, kChunk = 504;
+// Bytes of the panels that rows are multiplied with in turn: a part of the second-level cache.
+constexpr int64_t kPanelBytes = 96 << 10;
+
+inline int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
+// Words of a panel; packing fills whole squares.
+inline int64_t panel_words(int64_t depth) { return panels_of(depth) * kPanel / 2 * kPanel; }
+
+FASTSSL_PAIRS inline __m512i load_words(const uint16_t* from, __mmask32 mask) {
+  return _mm512_maskz_loadu_epi16(mask, from);
+}
+FASTSSL_PAIRS inline __m512i load_words(const float* from, __mmask32 mask) {
+  return (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(__mmask16(mask >> 16), from + 16),
+                                      _mm512_maskz_loadu_ps(__mmask16(mask), from));
+}
+
+// The panels of src [R, C] at columns [begin, end), R what is summed over.
+template <class T>
+FASTSSL_PAIRS inline void pack_rows(const T* src, int64_t R, int64_t C, Range columns,
+                                    uint32_t* dst) {
+  const PairOrder order;
+  for (int64_t r = 0; r < R; r += 2, dst += kPanel) {
+    const T* from = src + r * C;
+    uint32_t* to = dst;
+    for (int64_t c = columns.begin; c < columns.end; c += kPanel, to += panel_words(R)) {
+      const __mmask32 mask = first_words(C - c);
+      order.store(load_words(from + c, mask), load_words(from + C + c, r + 1 < R ? mask : 0), to);
+    }
+  }
+}
+
+// The panels of the transpose of src [R, C] at its rows [begin, end), C what is summed over.
+template <class T>
+FASTSSL_PAIRS inline void pack_columns(const T* src, int64_t R, int64_t C, Range rows,
+                                       uint32_t* dst) {
+  alignas(64) uint32_t square[16 * 16];
+  for (int64_t first = rows.begin; first < rows.end; first += kPanel, dst += panel_words(C)) {
+    for (int64_t half = 0; half < kPanel; half += 16) {
+      for (int64_t c = 0; c < C; c += 32) {
+        const __mmask32 mask = first_words(C - c);
+        for (int64_t i = 0; i < 16; ++i) {
+          const int64_t r = first + half + i;
+          const __m512i words = r < R ? load_words(src + r * C + c, mask) : _mm512_setzero_si512();
+          _mm512_store_si512(square + 16 * i, words);
+        }
+        transpose_block(square, 16, dst + c / 2 * kPanel + half, kPanel);
+      }
+    }
+  }
+}
+
+// Where sums go at last: rows of N elements, a bias added. What nobody reads for a while goes past
+// the caches, in whole lines.
+template <class T, bool kPastCaches = false>
+struct Out {
+  T* data;
+  int64_t N;
+  const float* bias;
+
+  FASTSSL_PAIRS void operator()(int64_t m, int64_t n, __m512 low, __m512 high) const {
+    const __mmask32 mask = first_words(N - n);
+    const __mmask16 mask_low = __mmask16(mask), mask_high = __mmask16(mask >> 16);
+    if (bias) {
+      low = _mm512_add_ps(low, _mm512_maskz_loadu_ps(mask_low, bias + n));
+      high = _mm512_add_ps(high, _mm512_maskz_loadu_ps(mask_high, bias + n + 16));
+    }
+    T* to = data + m * N + n;
+    if constexpr (sizeof(T) == 2) {
+      _mm512_mask_storeu_epi16(to, mask, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    } else if (kPastCaches) {
+      _mm512_stream_ps(to, low);
+      _mm512_stream_ps(to + 16, high);
+    } else {
+      _mm512_mask_storeu_ps(to, mask_low, low);
+      _mm512_mask_storeu_ps(to + 16, mask_high, high);
+    }
+  }
+};
+
+// Memory that is fetched into the caches while products are summed: rows of `width` bytes.
+class Ahead {
+ public:
+  Ahead() = default;
+  Ahead(const void* first, int64_t stride, int64_t rows, int64_t width)
+      : row_(static_cast<const char*>(first)),
+        stride_(stride),
+        width_(width),
+        lines_(rows * ((width + 63) / 64)) {}
+
+  int64_t lines() const { return lines_; }
+  // How many lines `fetch` may take from now on.
+  void allow(int64_t lines) {
+    allowed_ = std::min(lines, lines_);
+    lines_ -= allowed_;
+  }
+  FASTSSL_PAIRS FASTSSL_INLINE void fetch() {
+    if (allowed_ <= 0) return;
+    --allowed_;
+    _mm_prefetch(row_ + offset_, _MM_HINT_T1);
+    offset_ += 64;
+    if (offset_ >= width_) {
+      offset_ = 0;
+      row_ += stride_;
+    }
+  }
+
+ private:
+  const char* row_ = nullptr;
+  int64_t stride_ = 0, width_ = 0, lines_ = 0, allowed_ = 0, offset_ = 0;
+};
+
+// Sums of kCount rows of A with one panel: the word of row r and pair k is a[r * lda + k], or
+// a[k * lda + r] where A is packed too. They begin with those in `sums` unless `first`.
+template <int kCount, bool kPacked>
+struct Sums {
+  __m512 low[kCount], high[kCount];
+
+  FASTSSL_PAIRS FASTSSL_INLINE void multiply(const uint32_t* a, int64_t lda, const uint32_t* b,
+                                             int64_t pairs, const float* sums, bool first,
+                                             Ahead& ahead) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kCount; ++r) {
+      low[r] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + r * kPanel);
+      high[r] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + r * kPanel + 16);
+    }
+    for (int64_t k = 0; k < pairs; ++k) {
+      ahead.fetch();
+      const __m512bh b_low = (__m512bh)_mm512_loadu_si512(b + k * kPanel);
+      const __m512bh b_high = (__m512bh)_mm512_loadu_si512(b + k * kPanel + 16);
+#pragma GCC unroll 16
+      for (int r = 0; r < kCount; ++r) {
+        uint32_t word;
+        std::memcpy(&word, kPacked ? a + k * lda + r : a + r * lda + k, sizeof(word));
+        const __m512bh row = (__m512bh)_mm512_set1_epi32(int(word));
+        low[r] = _mm512_dpbf16_ps(low[r], row, b_low);
+        high[r] = _mm512_dpbf16_ps(high[r], row, b_high);
+      }
+    }
+  }
+
+  FASTSSL_PAIRS FASTSSL_INLINE void store(float* sums) const {
+#pragma GCC unroll 16
+    for (int r = 0; r < kCount; ++r) {
+      _mm512_storeu_ps(sums + r * kPanel, low[r]);
+      _mm512_storeu_ps(sums + r * kPanel + 16, high[r]);
+    }
+  }
+};
+
+// As many rows as `count` says, at most kCount, of a product that is summed in several turns.
+template <int kCount, class Store>
+FASTSSL_PAIRS inline void multiply_rows(int64_t count, const uint32_t* a, int64_t lda,
+                                        const uint32_t* b, int64_t pairs, float* sums, bool first,
+                                        bool last, int64_t m, int64_t n, const Store& store,
+                                        Ahead& ahead) {
+  if constexpr (kCount > 1) {
+    if (count < kCount) {
+      return multiply_rows<kCount - 1>(count, a, lda, b, pairs, sums, first, last, m, n, store,
+                                       ahead);
+    }
+  }
+  Sums<kCount, false> block;
+  block.multiply(a, lda, b, pairs, sums, first, ahead);
+  if (!last) return block.store(sums);
+#pragma GCC unroll 16
+  for (int r = 0; r < kCount; ++r) store(m + r, n, block.low[r], block.high[r]);
+}
+
+// C [M, N] = A [M, K] B [K, N], K even, cut into tasks: groups of panels times parts of the rows.
+struct Product {
+  int64_t M, N, K, group, parts;
+
+  Product(int64_t rows, int64_t columns, int64_t depth, int64_t workers)
+      : M(rows), N(columns), K(depth) {
+    const int64_t panels = panels_of(N);
+    const int64_t bytes = panel_words(std::min(K, kDepth)) * int64_t(sizeof(uint32_t));
+    group = std::min(std::max<int64_t>(kPanelBytes / bytes, 2), panels);
+    // At least two tasks per thread, and as many for each, where there are rows enough.
+    const int64_t num_groups = groups();
+    parts = (2 * workers + num_groups - 1) / num_groups;
+    if (num_groups * parts % workers) parts = (parts + workers - 1) / workers * workers;
+    if (num_groups >= 8 * workers) parts = 1;
+    parts = std::max<int64_t>(1, std::min(parts, M / (4 * kRows)));
+  }
+  int64_t groups() const { return (panels_of(N) + group - 1) / group; }
+  int64_t tasks() const { return groups() * parts; }
+  // Scratch memory of a thread, in words: a group's panels and, of a deep product, sums.
+  int64_t scratch() const { return group * (panel_words(K) + (K > kDepth ? kChunk * kPanel : 0)); }
+
+  // `pack` fills the panels of a range of columns, and says what it will read for one; `store`
+  // takes sums away.
+  template <class Pack, class Store>
+  FASTSSL_PAIRS void run(const uint16_t* a, uint32_t* scratch, Range range, const Pack& pack,
+                         const Store& store) const {
+    float* sums = reinterpret_cast<float*>(scratch + group * panel_words(K));
+    for (int64_t task = range.begin; task < range.end; ++task) {
+      const Range panels = panels_at(task);
+      pack({panels.begin * kPanel, panels.end * kPanel}, scratch);
+      const Range rows = part_of(M, task % parts, parts);
+      Ahead next;
+      if (task + 1 < range.end) next = pack.ahead(panels_at(task + 1));
+      const int64_t calls = (rows.size() / kRows + 1) * std::max<int64_t>(panels.size() - 1, 1);
+      const int64_t each = next.lines() / calls + 1;
+      for (int64_t m = rows.begin; m < rows.end; m += kChunk) {
+        multiply(a, scratch, sums, {m, std::min(rows.end, m + kChunk)}, panels, store, next, each);
+      }
+    }
+  }
+
+ private:
+  Range panels_at(int64_t task) const { return block_of(panels_of(N), task / parts, group); }
+
+  template <class Store>
+  FASTSSL_PAIRS void multiply(const uint16_t* a, const uint32_t* packed, float* sums, Range rows,
+                              Range panels, const Store& store, Ahead& next, int64_t each) const {
+    for (int64_t k = 0; k < K; k += kDepth) {
+      const int64_t depth = std::min(kDepth, K - k);
+      for (int64_t m = rows.begin; m < rows.end; m += kRows) {
+        const auto* words = reinterpret_cast<const uint32_t*>(a + m * K + k);
+        const int64_t count = std::min<int64_t>(kRows, rows.end - m);
+        const int64_t following = std::min<int64_t>(kRows, rows.end - m - count);
+        // While the first panel's turn lasts, the rows that follow; then what is packed next.
+        Ahead left(a + (m + count) * K + k, K * 2, following, depth * 2);
+        left.allow(left.lines());
+        for (int64_t p = panels.begin; p < panels.end; ++p) {
+          const int64_t i = p - panels.begin;
+          if (i) next.allow(each);
+          multiply_rows<kRows>(count, words, K / 2, packed + i * panel_words(K) + k / 2 * kPanel,
+                               depth / 2, sums + (i * kChunk + m - rows.begin) * kPanel, k == 0,
+                               k + kDepth >= K, m, p * kPanel, store, i ? next : left);
+        }
+      }
+    }
+  }
+};
+
+// Rows that are packed, and whose columns are summed, in one piece.
+constexpr int64_t kPiece = 32;
+// Of the gradient of a weight: rows whose sums stay in registers, depth that is summed in a turn.
+constexpr int kTurnRows = 8;
+constexpr int64_t kTurn = 384;
+
+// Piece `i` of the rows of src [M, W] in all panels, and the sums of its columns where wanted.
+FASTSSL_PAIRS inline void pack_piece(const uint16_t* src, int64_t M, int64_t W, int64_t i,
+                                     uint32_t* dst, float* sums) {
+  const PairOrder order;
+  const Range rows = block_of(M, i, kPiece);
+  uint32_t* panel = dst + rows.begin / 2 * kPanel;
+  for (int64_t c = 0; c < W; c += kPanel, panel += panel_words(M)) {
+    const __mmask32 mask = first_words(W - c);
+    __m512 low = _mm512_setzero_ps(), high = low;
+    uint32_t* to = panel;
+    for (int64_t r = rows.begin; r < rows.end; r += 2, to += kPanel) {
+      const uint16_t* from = src + r * W + c;
+      const __m512i even = load_words(from, mask);
+      const __m512i odd = load_words(from + W, r + 1 < M ? mask : 0);
+      order.store(even, odd, to);
+      if (!sums) continue;
+      low = _mm512_add_ps(low, from_bf16(_mm512_castsi512_si256(even)));
+      high = _mm512_add_ps(high, from_bf16(_mm512_extracti64x4_epi64(even, 1)));
+      low = _mm512_add_ps(low, from_bf16(_mm512_castsi512_si256(odd)));
+      high = _mm512_add_ps(high, from_bf16(_mm512_extracti64x4_epi64(odd, 1)));
+    }
+    if (!sums) continue;
+    _mm512_mask_storeu_ps(sums + c, __mmask16(mask), low);
+    _mm512_mask_storeu_ps(sums + c + 16, __mmask16(mask >> 16), high);
+  }
+}
+
+// C [N, K] = dy [M, N]^T x [M, K], both packed in panels; a task is a panel of dy times a group of
+// panels of x.
+struct WeightGradient {
+  int64_t M, N, K;
+  static constexpr int64_t kGroup = 4;
+
+  int64_t groups() const { return (panels_of(K) + kGroup - 1) / kGroup; }
+  int64_t tasks() const { return groups() * panels_of(N); }
+
+  template <class Store>
+  FASTSSL_PAIRS void run(const uint32_t* dy, const uint32_t* x, Range range,
+                         const Store& store) const {
+    alignas(64) float sums[kGroup * kPanel * kPanel];
+    for (int64_t task = range.begin; task < range.end; ++task) {
+      const int64_t n = task % panels_of(N);
+      const Range panels = block_of(panels_of(K), task / panels_of(N), kGroup);
+      // The panel of the task that follows.
+      Ahead next(dy + (n + 1) * panel_words(M), 0, n + 1 < panels_of(N), M * 64);
+      next.allow(next.lines());
+      // Without rows there is one turn too, for zeros are the result then.
+      for (int64_t k = 0; k == 0 || k < M; k += kTurn) {
+        multiply(dy + n * panel_words(M), x, sums, {k, std::min(M, k + kTurn)}, n * kPanel, panels,
+                 store, next);
+      }
+    }
+    _mm_sfence();
+  }
+
+ private:
+  template <class Store>
+  FASTSSL_PAIRS void multiply(const uint32_t* dy, const uint32_t* x, float* sums, Range rows,
+                              int64_t n, Range panels, const Store& store, Ahead& next) const {
+    const int64_t pairs = (rows.size() + 1) / 2, first_pair = rows.begin / 2;
+    for (int64_t p = panels.begin; p < panels.end; ++p) {
+      const uint32_t* right = x + p * panel_words(M) + first_pair * kPanel;
+      for (int64_t r = 0; r < kPanel; r += kTurnRows, sums += kTurnRows * kPanel) {
+        Sums<kTurnRows, true> block;
+        block.multiply(dy + first_pair * kPanel + r, kPanel, right, pairs, sums, rows.begin == 0,
+                       next);
+        if (rows.end < M) {
+          block.store(sums);
+          continue;
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < kTurnRows; ++i) {
+          if (n + r + i < N) store(n + r + i, p * kPanel, block.low[i], block.high[i]);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace fastssl::pairs
+
+#endif

@@ -1,0 +1,171 @@
+"""The CPU library's own products of bfloat16 pairs, under linear and gelu_mlp: against float64,
+with parts of panels, blocks and turns in every dimension."""
+
+import pytest
+import torch
+
+from fastssl import functional as F
+from fastssl.kernels.common import libraries, products
+from tests.kernels.util import gradients
+
+pytestmark = pytest.mark.skipif(
+    libraries.bf16_unit() == "none", reason="needs a processor with AVX-512 BF16"
+)
+CSRC = torch.ops.fastssl_csrc
+# M, N, K: a row, less and more than a block of rows; whole and broken panels; a depth of several
+# turns; rows enough for several parts and chunks; no rows.
+SHAPES = [
+    *((1, 2, 2), (13, 30, 34), (15, 32, 64), (29, 66, 100), (97, 288, 96), (33, 144, 1602)),
+    *((1100, 34, 38), (400, 96, 770), (65, 1538, 48), (0, 32, 64), (517, 20, 900)),
+]
+TYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def operands(shape, weight_dtype):
+    M, N, K = shape
+    torch.manual_seed(sum(shape))
+    x, dy = torch.randn(M, K).bfloat16(), torch.randn(M, N).bfloat16()
+    return x, dy, torch.randn(N, K).to(weight_dtype), torch.randn(N)
+
+
+def product(x, weight, transposed, bias, threads, dtype):
+    columns = weight.shape[1 if transposed else 0]
+    # What is not written stays a NaN, and what is written past the end is seen.
+    out = torch.full((x.shape[0] * columns + 64,), torch.nan, dtype=dtype)
+    inside = out[: x.shape[0] * columns].view(x.shape[0], columns)
+    CSRC.linear_product(x, weight, transposed, bias, threads, inside)
+    assert out[inside.numel() :].isnan().all()
+    return inside
+
+
+def assert_close(actual, expected, dtype):
+    """Within the rounding of the result and of a sum in float32."""
+    eps = torch.finfo(torch.float32).eps * 64
+    eps += torch.finfo(dtype).eps if dtype != torch.float32 else 0.0
+    scale = expected.abs().max().clamp_min(1.0) if expected.numel() else 1.0
+    torch.testing.assert_close(actual.double(), expected, rtol=eps, atol=float(eps * scale))
+
+
+@pytest.mark.parametrize("out_dtype", TYPES, ids=str)
+@pytest.mark.parametrize("weight_dtype", TYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_against_float64(shape, weight_dtype, out_dtype, threads):
+    x, dy, weight, bias = operands(shape, weight_dtype)
+    rounded = weight.bfloat16().double()
+    for with_bias in (None, bias):
+        expected = x.double() @ rounded.t() + (0 if with_bias is None else bias.double())
+        assert_close(product(x, weight, False, with_bias, threads, out_dtype), expected, out_dtype)
+    actual = product(dy, weight, True, None, threads, out_dtype)
+    assert_close(actual, dy.double() @ rounded, out_dtype)
+
+
+@pytest.mark.parametrize("out_dtype", TYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (31, 7, 3), (5, 1, 1), (385, 33, 130)], ids=str)
+def test_weight_gradient_against_float64(shape, out_dtype, threads):
+    x, dy, weight, _ = operands(shape, out_dtype)
+    for wants_sums in (True, False):
+        parts, sums = products.new_parts(dy), torch.full(weight.shape[:1], torch.nan)
+        wanted = (parts.fill_(torch.nan), sums) if wants_sums else (None, None)
+        out = torch.full((weight.numel() + 64,), torch.nan, dtype=out_dtype)
+        dweight = out[: weight.numel()].view_as(weight)
+        CSRC.linear_weight_gradient(dy, x, *wanted, threads, dweight)
+        assert out[weight.numel() :].isnan().all()
+        assert_close(dweight, dy.double().t() @ x.double(), out_dtype)
+        if wants_sums:
+            assert_close(sums, dy.double().sum(0), torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(400, 96, 770), (1100, 34, 38), (97, 288, 96)], ids=str)
+def test_results_do_not_depend_on_threads(shape):
+    x, dy, weight, bias = operands(shape, torch.float32)
+    results = []
+    for threads in (1, 2, 5):
+        dweight = torch.empty_like(weight)
+        CSRC.linear_weight_gradient(dy, x, None, None, threads, dweight)
+        results.append(
+            (
+                product(x, weight, False, bias, threads, torch.bfloat16),
+                product(dy, weight, True, None, threads, torch.float32),
+                dweight,
+            )
+        )
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_non_finite_values_stay_in_their_rows_and_columns():
+    x, _, weight, _ = operands((30, 34, 66), torch.float32)
+    x[3, 65], weight[33, 0] = torch.inf, torch.nan
+    y = product(x, weight, False, None, 2, torch.bfloat16)
+    broken = torch.zeros(30, 34, dtype=torch.bool)
+    broken[3], broken[:, 33] = True, True
+    assert torch.equal(~y.isfinite(), broken)
+
+
+def test_bad_operands_are_refused():
+    x, dy, weight, bias = operands((4, 6, 8), torch.float32)
+    out = torch.empty(4, 6)
+    bad = {
+        "x must be bfloat16": (x.float(), weight, False, bias, 1, out),
+        "weight must be float32 or bfloat16": (x, weight.half(), False, bias, 1, out),
+        "even number of columns": (x[:, :7].contiguous(), weight, False, bias, 1, out),
+        "do not fit": (x, weight, True, None, 1, out),
+        "bias must have a value per column": (x, weight, False, bias[:5], 1, out),
+    }
+    for message, arguments in bad.items():
+        with pytest.raises(RuntimeError, match=message):
+            CSRC.linear_product(*arguments)
+    with pytest.raises(RuntimeError, match="do not fit"):
+        CSRC.linear_weight_gradient(dy, x, None, None, 1, torch.empty(8, 6))
+
+
+@pytest.fixture
+def layers(monkeypatch):
+    """F.linear and F.gelu_mlp's gradients, the library's products or torch's."""
+
+    def run(unit, x, parameters, grad):
+        monkeypatch.setattr(libraries, "bf16_unit", lambda: unit)
+        with torch.autocast("cpu", torch.bfloat16):
+            if len(parameters) == 2:
+                return gradients(lambda *a: F.linear(*a, backend="cpp"), (x, *parameters), grad)
+            return gradients(lambda *a: F.gelu_mlp(*a, backend="cpp"), (x, *parameters), grad)
+
+    return run
+
+
+@pytest.mark.parametrize("shape", [(50, 96, 64), (50, 98, 33)], ids=str)
+@pytest.mark.parametrize("kind", ["linear", "gelu_mlp"])
+def test_both_ways_of_multiplying_agree(kind, shape, layers):
+    """torch's products serve processors with AMX, and layers of odd widths."""
+    M, N, K = shape
+    torch.manual_seed(0)
+    parameters = [torch.randn(N, K) / K**0.5, torch.randn(N)]
+    if kind == "gelu_mlp":
+        parameters += [torch.randn(K, N) / N**0.5, torch.randn(K)]
+    x, grad = torch.randn(M, K), torch.randn(M, K if kind == "gelu_mlp" else N)
+    own, torchs = (layers(unit, x, parameters, grad) for unit in ("dots", "tiles"))
+    for ours, theirs in zip((own[0], *own[1]), (torchs[0], *torchs[1]), strict=True):
+        error = (ours.float() - theirs.float()).norm() / theirs.float().norm()
+        assert ours.dtype == theirs.dtype and error < 1e-2
+
+
+def test_weights_are_saved_as_they_are_and_their_gradient_is_not_rounded(layers):
+    M, N, K = 64, 96, 128
+    torch.manual_seed(0)
+    x, weight, grad = torch.randn(M, K).bfloat16(), torch.randn(N, K), torch.randn(M, N).bfloat16()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        _, (_, dweight, _) = layers("dots", x, [weight, torch.randn(N)], grad)
+    assert sorted((tuple(t.shape), t.dtype) for t in saved) == sorted(
+        [((M, K), torch.bfloat16), ((N, K), torch.float32)], key=str
+    )
+    exact = grad.double().t() @ x.double()
+    assert (dweight.double() - exact).norm() / exact.norm() < 1e-6
