@@ -188,31 +188,31 @@ FASTSSL_PAIRS inline void multiply_rows(int64_t count, const uint32_t* a, int64_
 
 // C [M, N] = A [M, K] B [K, N], K even, cut into tasks: groups of panels times parts of the rows.
 struct Product {
-  int64_t M, N, K, group, parts;
+  int64_t M, N, K, groups, parts;
 
   Product(int64_t rows, int64_t columns, int64_t depth, int64_t workers)
       : M(rows), N(columns), K(depth) {
-    const int64_t panels = panels_of(N);
     const int64_t bytes = panel_words(std::min(K, kDepth)) * int64_t(sizeof(uint32_t));
-    group = std::min(std::max<int64_t>(kPanelBytes / bytes, 2), panels);
+    const int64_t group = std::max<int64_t>(kPanelBytes / bytes, 2);
+    groups = (panels_of(N) + group - 1) / group;
     // At least two tasks per thread, and as many for each, where there are rows enough.
-    const int64_t num_groups = groups();
-    parts = (2 * workers + num_groups - 1) / num_groups;
-    if (num_groups * parts % workers) parts = (parts + workers - 1) / workers * workers;
-    if (num_groups >= 8 * workers) parts = 1;
+    parts = (2 * workers + groups - 1) / groups;
+    if (groups * parts % workers) parts = (parts + workers - 1) / workers * workers;
+    if (groups >= 8 * workers) parts = 1;
     parts = std::max<int64_t>(1, std::min(parts, M / (4 * kRows)));
   }
-  int64_t groups() const { return (panels_of(N) + group - 1) / group; }
-  int64_t tasks() const { return groups() * parts; }
+  int64_t tasks() const { return groups * parts; }
   // Scratch memory of a thread, in words: a group's panels and, of a deep product, sums.
-  int64_t scratch() const { return group * (panel_words(K) + (K > kDepth ? kChunk * kPanel : 0)); }
+  int64_t scratch() const {
+    return largest() * (panel_words(K) + (K > kDepth ? kChunk * kPanel : 0));
+  }
 
   // `pack` fills the panels of a range of columns, and says what it will read for one; `store`
   // takes sums away.
   template <class Pack, class Store>
   FASTSSL_PAIRS void run(const uint16_t* a, uint32_t* scratch, Range range, const Pack& pack,
                          const Store& store) const {
-    float* sums = reinterpret_cast<float*>(scratch + group * panel_words(K));
+    float* sums = reinterpret_cast<float*>(scratch + largest() * panel_words(K));
     for (int64_t task = range.begin; task < range.end; ++task) {
       const Range panels = panels_at(task);
       pack({panels.begin * kPanel, panels.end * kPanel}, scratch);
@@ -228,7 +228,8 @@ struct Product {
   }
 
  private:
-  Range panels_at(int64_t task) const { return block_of(panels_of(N), task / parts, group); }
+  int64_t largest() const { return (panels_of(N) + groups - 1) / groups; }
+  Range panels_at(int64_t task) const { return part_of(panels_of(N), task / parts, groups); }
 
   template <class Store>
   FASTSSL_PAIRS void multiply(const uint16_t* a, const uint32_t* packed, float* sums, Range rows,
@@ -302,7 +303,7 @@ struct WeightGradient {
     alignas(64) float sums[kGroup * kPanel * kPanel];
     for (int64_t task = range.begin; task < range.end; ++task) {
       const int64_t n = task % panels_of(N);
-      const Range panels = block_of(panels_of(K), task / panels_of(N), kGroup);
+      const Range panels = part_of(panels_of(K), task / panels_of(N), groups());
       // The panel of the task that follows.
       Ahead next(dy + (n + 1) * panel_words(M), 0, n + 1 < panels_of(N), M * 64);
       next.allow(next.lines());
