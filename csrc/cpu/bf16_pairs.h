@@ -107,9 +107,10 @@ FASTSSL_PAIRS inline void multiply_block(const uint16_t* a, int64_t lda, const u
   if (kTwoRows && kTwoColumns) _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
 }
 
-// C [kRows, 16 * kVectors] = A B over K, which is even.
-template <int kRows, int kVectors>
-FASTSSL_PAIRS inline void dot_block(const uint16_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
+// C [kRows, 16 * kVectors] = A B over K, which is even. Pair k of A's row r is the word at
+// a[r * lda + k], or with kPacked at a[k * lda + r]: A's transpose in pairs of rows.
+template <int kRows, int kVectors, bool kPacked>
+FASTSSL_PAIRS inline void dot_block(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
                                     float* c, int64_t ldc, int64_t K) {
   __m512 sums[kRows][kVectors];
 #pragma GCC unroll 16
@@ -117,16 +118,16 @@ FASTSSL_PAIRS inline void dot_block(const uint16_t* a, int64_t lda, const uint32
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_setzero_ps();
   }
-  for (int64_t k = 0; k < K; k += 2) {
+  for (int64_t k = 0; k < K / 2; ++k) {
     __m512bh columns[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
-      columns[v] = (__m512bh)_mm512_loadu_si512(b + k / 2 * ldb + 16 * v);
+      columns[v] = (__m512bh)_mm512_loadu_si512(b + k * ldb + 16 * v);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       int32_t pair;
-      std::memcpy(&pair, a + r * lda + k, sizeof(pair));
+      std::memcpy(&pair, kPacked ? a + k * lda + r : a + r * lda + k, sizeof(pair));
       const __m512bh row = (__m512bh)_mm512_set1_epi32(pair);
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) {
@@ -141,22 +142,35 @@ FASTSSL_PAIRS inline void dot_block(const uint16_t* a, int64_t lda, const uint32
   }
 }
 
-// C [M, N] = A [M, K] B [K, N] by dot products, in blocks that keep 16 sums on their way.
-FASTSSL_PAIRS inline void multiply_dots(const uint16_t* a, int64_t lda, const uint32_t* b,
+// As many rows as `count` says, at most kRows.
+template <int kRows, int kVectors, bool kPacked>
+FASTSSL_PAIRS inline void dot_rows(int64_t count, const uint32_t* a, int64_t lda, const uint32_t* b,
+                                   int64_t ldb, float* c, int64_t ldc, int64_t K) {
+  if constexpr (kRows > 1) {
+    if (count < kRows) {
+      return dot_rows<kRows - 1, kVectors, kPacked>(count, a, lda, b, ldb, c, ldc, K);
+    }
+  }
+  dot_block<kRows, kVectors, kPacked>(a, lda, b, ldb, c, ldc, K);
+}
+
+// C [M, N] = A [M, K] B [K, N] by dot products, in blocks that keep up to 28 sums on their way; N a
+// multiple of 16, K even. No row of A past M is read.
+template <bool kPacked>
+FASTSSL_PAIRS inline void multiply_dots(const uint32_t* a, int64_t lda, const uint32_t* b,
                                         int64_t ldb, float* c, int64_t ldc, int64_t M, int64_t N,
                                         int64_t K) {
+  const int64_t step = kPacked ? 1 : lda;
   for (int64_t n = 0; n < N; n += 32) {
-    int64_t m = 0;
-    if (n + 16 < N) {
-      for (; m < M; m += 8) {
-        dot_block<8, 2>(a + m * lda, lda, b + n, ldb, c + m * ldc + n, ldc, K);
+    const bool two = n + 16 < N;
+    for (int64_t m = 0, rows; m < M; m += rows) {
+      rows = std::min<int64_t>(two ? 14 : 16, M - m);
+      if (two) {
+        dot_rows<14, 2, kPacked>(rows, a + m * step, lda, b + n, ldb, c + m * ldc + n, ldc, K);
+      } else {
+        dot_rows<16, 1, kPacked>(rows, a + m * step, lda, b + n, ldb, c + m * ldc + n, ldc, K);
       }
-      continue;
     }
-    for (; m + 16 <= M; m += 16) {
-      dot_block<16, 1>(a + m * lda, lda, b + n, ldb, c + m * ldc + n, ldc, K);
-    }
-    if (m < M) dot_block<8, 1>(a + m * lda, lda, b + n, ldb, c + m * ldc + n, ldc, K);
   }
 }
 
@@ -165,12 +179,15 @@ struct Grain {
   int64_t rows, depth;
 };
 
-inline Grain grain() { return best_unit() == Unit::tiles ? Grain{16, 32} : Grain{8, 2}; }
+inline Grain grain() { return best_unit() == Unit::tiles ? Grain{16, 32} : Grain{1, 2}; }
 
-// C [M, N] = A [M, K] B [K, N], sizes as `grain` says; B in pairs [K / 2, N].
+// C [M, N] = A [M, K] B [K, N], sizes as `grain` says, lda even; B in pairs [K / 2, N].
 FASTSSL_PAIRS inline void multiply(const uint16_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
                                    float* c, int64_t ldc, int64_t M, int64_t N, int64_t K) {
-  if (best_unit() == Unit::dots) return multiply_dots(a, lda, b, ldb, c, ldc, M, N, K);
+  if (best_unit() == Unit::dots) {
+    const auto* words = reinterpret_cast<const uint32_t*>(a);
+    return multiply_dots<false>(words, lda / 2, b, ldb, c, ldc, M, N, K);
+  }
   for (int64_t m = 0; m < M; m += 32) {
     const uint16_t* rows = a + m * lda;
     for (int64_t n = 0; n < N; n += 32) {
@@ -229,14 +246,25 @@ class PairOrder {
   __m512i low_, high_;
 };
 
-// Pairs of consecutive rows: [R, W] -> [R / 2, W], R even and W a multiple of 32.
-FASTSSL_PAIRS inline void pair_rows(const uint16_t* src, int64_t ld, int64_t R, int64_t W,
-                                    uint32_t* dst, int64_t ldd) {
+FASTSSL_PAIRS inline __m512i load_words(const uint16_t* from, __mmask32 mask) {
+  return _mm512_maskz_loadu_epi16(mask, from);
+}
+FASTSSL_PAIRS inline __m512i load_words(const float* from, __mmask32 mask) {
+  return (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(__mmask16(mask >> 16), from + 16),
+                                      _mm512_maskz_loadu_ps(__mmask16(mask), from));
+}
+
+// Pairs of consecutive rows of src [R, C]: [padded / 2, ldd], ldd and padded multiples of 32 and 2,
+// zeros past the rows and columns.
+FASTSSL_PAIRS inline void pair_rows(const uint16_t* src, int64_t stride, int64_t R, int64_t C,
+                                    uint32_t* dst, int64_t ldd, int64_t padded) {
   const PairOrder order;
-  for (int64_t r = 0; r < R; r += 2) {
-    for (int64_t c = 0; c < W; c += 32) {
-      const __m512i even = _mm512_loadu_si512(src + r * ld + c);
-      order.store(even, _mm512_loadu_si512(src + (r + 1) * ld + c), dst + r / 2 * ldd + c);
+  for (int64_t r = 0; r < padded; r += 2, dst += ldd) {
+    const uint16_t* from = src + r * stride;
+    for (int64_t c = 0; c < ldd; c += 32) {
+      const __mmask32 mask = c < C ? first_words(C - c) : 0;
+      const __m512i even = load_words(from + c, r < R ? mask : 0);
+      order.store(even, load_words(from + stride + c, r + 1 < R ? mask : 0), dst + c);
     }
   }
 }
@@ -269,13 +297,20 @@ FASTSSL_PAIRS inline void transpose_block(const uint32_t* src, int64_t ld, uint3
   }
 }
 
-// The transpose of [R, W] in pairs: [W / 2, R], R a multiple of 16 and W of 32.
-FASTSSL_PAIRS inline void pair_columns(const uint16_t* src, int64_t ld, int64_t R, int64_t W,
-                                       uint32_t* dst, int64_t ldd) {
-  for (int64_t r = 0; r < R; r += 16) {
-    for (int64_t w = 0; w < W / 2; w += 16) {
-      const uint32_t* from = reinterpret_cast<const uint32_t*>(src + r * ld) + w;
-      transpose_block(from, ld / 2, dst + w * ldd + r, ldd);
+// The transpose of src [R, C] in pairs: [C / 2, ldd], C rounded up to a multiple of 32; zeros past
+// the rows up to `padded`, a multiple of 16, and past the columns.
+template <class T>
+FASTSSL_PAIRS inline void pair_columns(const T* src, int64_t stride, int64_t R, int64_t C,
+                                       uint32_t* dst, int64_t ldd, int64_t padded) {
+  alignas(64) uint32_t square[16 * 16];
+  for (int64_t r = 0; r < padded; r += 16) {
+    for (int64_t c = 0; c < C; c += 32) {
+      const __mmask32 mask = first_words(C - c);
+      for (int64_t i = 0; i < 16; ++i) {
+        const T* from = src + (r + i) * stride + c;
+        _mm512_store_si512(square + 16 * i, load_words(from, r + i < R ? mask : 0));
+      }
+      transpose_block(square, 16, dst + c / 2 * ldd + r, ldd);
     }
   }
 }

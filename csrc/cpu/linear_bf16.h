@@ -26,14 +26,6 @@ inline int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPan
 // Words of a panel; packing fills whole squares.
 inline int64_t panel_words(int64_t depth) { return panels_of(depth) * kPanel / 2 * kPanel; }
 
-FASTSSL_PAIRS inline __m512i load_words(const uint16_t* from, __mmask32 mask) {
-  return _mm512_maskz_loadu_epi16(mask, from);
-}
-FASTSSL_PAIRS inline __m512i load_words(const float* from, __mmask32 mask) {
-  return (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(__mmask16(mask >> 16), from + 16),
-                                      _mm512_maskz_loadu_ps(__mmask16(mask), from));
-}
-
 // The panels of src [R, C] at columns [begin, end), R what is summed over.
 template <class T>
 FASTSSL_PAIRS inline void pack_rows(const T* src, int64_t R, int64_t C, Range columns,
@@ -53,19 +45,8 @@ FASTSSL_PAIRS inline void pack_rows(const T* src, int64_t R, int64_t C, Range co
 template <class T>
 FASTSSL_PAIRS inline void pack_columns(const T* src, int64_t R, int64_t C, Range rows,
                                        uint32_t* dst) {
-  alignas(64) uint32_t square[16 * 16];
-  for (int64_t first = rows.begin; first < rows.end; first += kPanel, dst += panel_words(C)) {
-    for (int64_t half = 0; half < kPanel; half += 16) {
-      for (int64_t c = 0; c < C; c += 32) {
-        const __mmask32 mask = first_words(C - c);
-        for (int64_t i = 0; i < 16; ++i) {
-          const int64_t r = first + half + i;
-          const __m512i words = r < R ? load_words(src + r * C + c, mask) : _mm512_setzero_si512();
-          _mm512_store_si512(square + 16 * i, words);
-        }
-        transpose_block(square, 16, dst + c / 2 * kPanel + half, kPanel);
-      }
-    }
+  for (int64_t r = rows.begin; r < rows.end; r += kPanel, dst += panel_words(C)) {
+    pair_columns(src + r * C, C, R - r, C, dst, kPanel, kPanel);
   }
 }
 

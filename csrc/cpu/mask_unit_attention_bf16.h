@@ -36,14 +36,14 @@ inline int64_t group_of(int64_t unit_size) {
 // memory.
 struct Buffers {
   int64_t queries, keys, width;                        // padded to multiples of 32
-  uint16_t *q, *k, *v, *dout;                          // rows [queries or keys, width]
+  uint16_t *q, *dout;                                  // rows [queries, width]
   uint32_t *k_columns, *v_columns;                     // pairs of columns [width / 2, keys]
   uint32_t *q_pairs, *k_pairs, *v_pairs, *dout_pairs;  // pairs of rows
-  uint16_t *p_transposed, *ds_transposed;              // [keys, queries]
+  uint16_t *p_transposed, *ds_transposed;              // [keys, queries], for tiles
   uint8_t* argmax;                                     // [queries, width]
   float *scores, *dp, *product;                        // [32, keys], [32, keys], [32, width]
   uint16_t *p, *ds;                                    // [32, keys]
-  uint32_t *p_pairs, *ds_pairs;                        // [16, keys]
+  uint32_t *p_pairs, *ds_pairs;  // [16, keys], or for dots [queries / 2, keys]
 };
 
 // Lays the buffers out from `base` on and returns their size in bytes.
@@ -59,8 +59,6 @@ inline int64_t lay_out(const Geometry& g, bool backward, uint8_t* base, Buffers*
   const int64_t k = b.keys = round_up(g.group * g.unit_size, 32);
   const int64_t w = b.width = round_up(g.head_dim, 32);
   take(b.q, q * w);
-  take(b.k, k * w);
-  take(b.v, k * w);
   take(b.k_columns, w / 2 * k);
   take(b.scores, kQueryBlock * k);
   take(b.product, kQueryBlock * w);
@@ -74,13 +72,14 @@ inline int64_t lay_out(const Geometry& g, bool backward, uint8_t* base, Buffers*
   take(b.q_pairs, q / 2 * w);
   take(b.k_pairs, k / 2 * w);
   take(b.dout_pairs, q / 2 * w);
-  take(b.p_transposed, k * q);
-  take(b.ds_transposed, k * q);
+  const bool tiles = best_unit() == Unit::tiles;
+  take(b.p_transposed, tiles ? k * q : 0);
+  take(b.ds_transposed, tiles ? k * q : 0);
   take(b.argmax, q * w);
   take(b.dp, kQueryBlock * k);
   take(b.ds, kQueryBlock * k);
-  take(b.p_pairs, kQueryBlock / 2 * k);
-  take(b.ds_pairs, kQueryBlock / 2 * k);
+  take(b.p_pairs, (tiles ? kQueryBlock : q) / 2 * k);
+  take(b.ds_pairs, (tiles ? kQueryBlock : q) / 2 * k);
   return used;
 }
 
@@ -110,11 +109,26 @@ FASTSSL_PAIRS inline void pool_queries(const Geometry& g, const uint16_t* unit, 
   }
 }
 
-FASTSSL_PAIRS inline void load_queries(const Geometry& g, const Buffers& b, const uint16_t* tokens,
+// Rows that a product reads with their distance: where they are, or a copy.
+struct Rows {
+  const uint16_t* data;
+  int64_t ld;
+
+  const uint16_t* row(int64_t i) const { return data + i * ld; }
+};
+
+// Whether rows may be read in place: tiles read whole ones, and pairs must not be cut.
+inline bool reads_in_place(const Geometry& g) {
+  return best_unit() == Unit::dots && g.head_dim % 2 == 0;
+}
+
+FASTSSL_PAIRS inline Rows load_queries(const Geometry& g, const Buffers& b, const uint16_t* tokens,
                                        int64_t units, bool backward) {
   const int64_t rows = units * g.unit_queries();
   if (g.q_stride == 1) {
-    return copy_padded(tokens, g.token_stride(), rows, g.head_dim, b.q, b.width, b.queries);
+    if (reads_in_place(g)) return {tokens, g.token_stride()};
+    copy_padded(tokens, g.token_stride(), rows, g.head_dim, b.q, b.width, b.queries);
+    return {b.q, b.width};
   }
   for (int64_t u = 0; u < units; ++u) {
     const int64_t first = u * g.unit_queries() * b.width;
@@ -122,6 +136,14 @@ FASTSSL_PAIRS inline void load_queries(const Geometry& g, const Buffers& b, cons
                  backward ? b.argmax + first : nullptr);
   }
   copy_padded(nullptr, 0, 0, 0, b.q + rows * b.width, b.width, b.queries - rows);
+  return {b.q, b.width};
+}
+
+FASTSSL_PAIRS inline Rows load_dout(const Geometry& g, const Buffers& b, const uint16_t* dout,
+                                    int64_t queries) {
+  if (reads_in_place(g)) return {dout, g.dim()};
+  copy_padded(dout, g.dim(), queries, g.head_dim, b.dout, b.width, b.queries);
+  return {b.dout, b.width};
 }
 
 // Which of `count` keys the queries of a group's unit attend to: all of a single unit's; of units
@@ -218,17 +240,17 @@ FASTSSL_PAIRS inline RowFactors backward_row(float* s, const float* dp, const Ke
 }
 
 // From the exponentials and dp of up to 32 queries, `rows` of them, to p and ds: both in pairs of
-// rows [16, keys], and the rows of ds in bfloat16.
+// rows [rows / 2, keys], and the rows of ds in bfloat16.
 FASTSSL_PAIRS inline void gradient_rows(const Buffers& b, const RowFactors* factors, float scale,
-                                        int64_t rows, int64_t keys) {
+                                        int64_t rows, int64_t keys, uint32_t* p_pairs,
+                                        uint32_t* ds_pairs) {
   alignas(64) uint16_t order[32];
   for (int w = 0; w < 32; ++w) order[w] = uint16_t(w / 2 + w % 2 * 16);
   const __m512i interleave = _mm512_load_si512(order);
   const __m512 scales = _mm512_set1_ps(scale);
-  for (int64_t r = 0; r < rows; r += 2) {
+  for (int64_t r = 0; r < rows; r += 2, p_pairs += b.keys, ds_pairs += b.keys) {
     const float *s = b.scores + r * b.keys, *dp = b.dp + r * b.keys;
     uint16_t* ds = b.ds + r * b.keys;
-    uint32_t *p_pairs = b.p_pairs + r / 2 * b.keys, *ds_pairs = b.ds_pairs + r / 2 * b.keys;
     const __m512 inverse_0 = _mm512_set1_ps(factors[r].inverse);
     const __m512 inverse_1 = _mm512_set1_ps(factors[r + 1].inverse);
     const __m512 delta_0 = _mm512_set1_ps(factors[r].delta);
@@ -273,17 +295,16 @@ FASTSSL_PAIRS inline void forward(const Geometry& g, const Buffers& b, const uin
   const int64_t queries = units * g.unit_queries(), keys = units * g.unit_size;
   const int64_t stride = g.token_stride();
   const Sizes n(g, keys);
-  load_queries(g, b, tokens, units, false);
-  copy_padded(tokens + g.dim(), stride, keys, g.head_dim, b.k, b.width, b.keys);
-  copy_padded(tokens + 2 * g.dim(), stride, keys, g.head_dim, b.v, b.width, b.keys);
-  pair_columns(b.k, b.width, b.keys, b.width, b.k_columns, b.keys);
-  pair_rows(b.v, b.width, b.keys, b.width, b.v_pairs, b.width);
+  const Rows q = load_queries(g, b, tokens, units, false);
+  const uint16_t *k = tokens + g.dim(), *v = k + g.dim();
+  pair_columns(k, stride, keys, g.head_dim, b.k_columns, b.keys, b.keys);
+  pair_rows(v, stride, keys, g.head_dim, b.v_pairs, b.width, b.keys);
   const float factor = g.scale() * kLog2e;
   for (int64_t i = 0; i < queries; i += kQueryBlock) {
     const int64_t rows = std::min(kQueryBlock, queries - i);
     const int64_t all_rows = round_up(rows, grain().rows);
-    multiply(b.q + i * b.width, b.width, b.k_columns, b.keys, b.scores, b.keys, all_rows,
-             n.keys_padded, n.width_depth);
+    multiply(q.row(i), q.ld, b.k_columns, b.keys, b.scores, b.keys, all_rows, n.keys_padded,
+             n.width_depth);
     float sums[kQueryBlock];
     for (int64_t r = 0; r < rows; ++r) {
       const Keys own = keys_of(g, keys, i + r);
@@ -319,25 +340,27 @@ FASTSSL_PAIRS inline void backward(const Geometry& g, const Buffers& b, const ui
   const int64_t queries = units * g.unit_queries(), keys = units * g.unit_size;
   const int64_t stride = g.token_stride();
   const Sizes n(g, keys);
-  load_queries(g, b, tokens, units, true);
-  copy_padded(tokens + g.dim(), stride, keys, g.head_dim, b.k, b.width, b.keys);
-  copy_padded(tokens + 2 * g.dim(), stride, keys, g.head_dim, b.v, b.width, b.keys);
-  copy_padded(dout, g.dim(), queries, g.head_dim, b.dout, b.width, b.queries);
-  pair_columns(b.k, b.width, b.keys, b.width, b.k_columns, b.keys);
-  pair_columns(b.v, b.width, b.keys, b.width, b.v_columns, b.keys);
-  pair_rows(b.q, b.width, b.queries, b.width, b.q_pairs, b.width);
-  pair_rows(b.k, b.width, b.keys, b.width, b.k_pairs, b.width);
-  pair_rows(b.dout, b.width, b.queries, b.width, b.dout_pairs, b.width);
+  const Rows q = load_queries(g, b, tokens, units, true), d = load_dout(g, b, dout, queries);
+  const uint16_t *k = tokens + g.dim(), *v = k + g.dim();
+  pair_columns(k, stride, keys, g.head_dim, b.k_columns, b.keys, b.keys);
+  pair_columns(v, stride, keys, g.head_dim, b.v_columns, b.keys, b.keys);
+  pair_rows(q.data, q.ld, queries, g.head_dim, b.q_pairs, b.width, b.queries);
+  pair_rows(k, stride, keys, g.head_dim, b.k_pairs, b.width, b.keys);
+  pair_rows(d.data, d.ld, queries, g.head_dim, b.dout_pairs, b.width, b.queries);
   const float factor = g.scale() * kLog2e;
+  const bool tiles = best_unit() == Unit::tiles;
   for (int64_t i = 0; i < queries; i += kQueryBlock) {
     const int64_t rows = std::min(kQueryBlock, queries - i);
-    // Tiles sum over whole tiles of queries below, of which all must be written.
-    const int64_t all_rows =
-        best_unit() == Unit::tiles ? kQueryBlock : round_up(rows, grain().rows);
-    multiply(b.q + i * b.width, b.width, b.k_columns, b.keys, b.scores, b.keys, all_rows,
-             n.keys_padded, n.width_depth);
-    multiply(b.dout + i * b.width, b.width, b.v_columns, b.keys, b.dp, b.keys, all_rows,
-             n.keys_padded, n.width_depth);
+    // Tiles sum over whole tiles of queries below, of which all must be written; dots over pairs.
+    const int64_t all_rows = tiles ? kQueryBlock : rows;
+    multiply(q.row(i), q.ld, b.k_columns, b.keys, b.scores, b.keys, all_rows, n.keys_padded,
+             n.width_depth);
+    multiply(d.row(i), d.ld, b.v_columns, b.keys, b.dp, b.keys, all_rows, n.keys_padded,
+             n.width_depth);
+    if (all_rows % 2) {
+      std::fill_n(b.scores + all_rows * b.keys, n.keys_padded, 0.0f);
+      std::fill_n(b.dp + all_rows * b.keys, n.keys_padded, 0.0f);
+    }
     RowFactors factors[kQueryBlock];
     for (int64_t r = 0; r < rows; ++r) {
       const Keys own = keys_of(g, keys, i + r);
@@ -346,9 +369,13 @@ FASTSSL_PAIRS inline void backward(const Geometry& g, const Buffers& b, const ui
       factors[r] = g.group == 1 ? backward_row<false>(s, dp, own, n.keys_padded, factor)
                                 : backward_row<true>(s, dp, own, n.keys_padded, factor);
     }
-    gradient_rows(b, factors, g.scale(), all_rows, n.keys_padded);
-    transpose_pairs(b, b.p_pairs, b.p_transposed, i, n.keys);
-    transpose_pairs(b, b.ds_pairs, b.ds_transposed, i, n.keys);
+    uint32_t* const p_pairs = tiles ? b.p_pairs : b.p_pairs + i / 2 * b.keys;
+    uint32_t* const ds_pairs = tiles ? b.ds_pairs : b.ds_pairs + i / 2 * b.keys;
+    gradient_rows(b, factors, g.scale(), round_up(all_rows, 2), n.keys_padded, p_pairs, ds_pairs);
+    if (tiles) {
+      transpose_pairs(b, p_pairs, b.p_transposed, i, n.keys);
+      transpose_pairs(b, ds_pairs, b.ds_transposed, i, n.keys);
+    }
     multiply(b.ds, b.keys, b.k_pairs, b.width, b.product, b.width, all_rows, n.width, n.keys_depth);
     for (int64_t r = 0; r < rows; ++r) {
       const float* dq = b.product + r * b.width;
@@ -364,14 +391,19 @@ FASTSSL_PAIRS inline void backward(const Geometry& g, const Buffers& b, const ui
   for (int64_t j = 0; j < keys; j += kQueryBlock) {
     const int64_t rows = std::min(kQueryBlock, keys - j);
     const struct {
-      const uint16_t* left;
-      const uint32_t* right;
+      const uint16_t* transposed;
+      const uint32_t *pairs, *right;
       int64_t offset;
-    } products[2] = {{b.ds_transposed, b.q_pairs, g.dim()},
-                     {b.p_transposed, b.dout_pairs, 2 * g.dim()}};
+    } products[2] = {{b.ds_transposed, b.ds_pairs, b.q_pairs, g.dim()},
+                     {b.p_transposed, b.p_pairs, b.dout_pairs, 2 * g.dim()}};
     for (const auto& x : products) {
-      multiply(x.left + j * b.queries, b.queries, x.right, b.width, b.product, b.width,
-               round_up(rows, grain().rows), n.width, round_up(queries, grain().depth));
+      if (tiles) {
+        multiply(x.transposed + j * b.queries, b.queries, x.right, b.width, b.product, b.width,
+                 round_up(rows, grain().rows), n.width, round_up(queries, grain().depth));
+      } else {
+        multiply_dots<true>(x.pairs + j, b.keys, x.right, b.width, b.product, b.width, rows,
+                            n.width, round_up(queries, 2));
+      }
       for (int64_t r = 0; r < rows; ++r) {
         store_row(b.product + r * b.width, 1.0f, g.head_dim, dtokens + (j + r) * stride + x.offset);
       }
