@@ -250,6 +250,13 @@ FASTSSL_PAIRS void run_pairs(const Geometry& g, const uint16_t* dout, const uint
   if (pairs::best_unit() == pairs::Unit::tiles) tiles.emplace();
   for (int64_t i = tasks.begin; i < tasks.end; ++i) {
     const Task task = task_of(g, num_units, i);
+    if (i + 1 < tasks.end) {
+      const Task next = task_of(g, num_units, i + 1);
+      pairs::prefetch(g, tokens + next.token, next.units * g.unit_size, g.token_stride(), 3);
+      if (dout) {
+        pairs::prefetch(g, dout + next.query, next.units * g.unit_queries(), g.dim(), 1);
+      }
+    }
     if (dout) {
       pairs::backward(g, buffers, dout + task.query, tokens + task.token, task.units,
                       out + task.token);
