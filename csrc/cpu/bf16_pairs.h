@@ -3,9 +3,12 @@
 // need.
 //
 // A tile product adds A [16, 32] times B [32, 16] to C [16, 16], with B given as [16, 16] pairs:
-// two consecutive rows of one column make a 32-bit word. Matrices here are padded with zeros to
-// whole tiles; sizes and leading dimensions count elements of the pointer's type.
+// two consecutive rows of one column make a 32-bit word. For tiles, matrices are padded with zeros
+// to whole ones; dot products need that of the right operand's columns only. Sizes and leading
+// dimensions count elements of the pointer's type.
 #pragma once
+
+#include <algorithm>
 
 #include "simd.h"
 

@@ -1,5 +1,5 @@
-// Casts, transposes and column sums around the matrix products of linear and gelu_mlp; see
-// kernels/linear.
+// Matrix products of linear and gelu_mlp where the processor multiplies pairs, and casts,
+// transposes and column sums around torch's elsewhere; see kernels/linear.
 #include <algorithm>
 #include <optional>
 #include <type_traits>
@@ -284,11 +284,16 @@ void linear_product(Tensor x, Tensor weight, bool transposed, std::optional<Tens
   check_pairs(x, "x");
   check_cpu(weight, "weight");
   check_cpu(out, "out");
-  STD_TORCH_CHECK(x.size(1) % 2 == 0, "x must have an even number of columns");
+  STD_TORCH_CHECK(x.size(1) % 2 == 0 && x.size(1) > 0, "x must have an even number of columns");
+  STD_TORCH_CHECK(num_threads > 0 && out.size(1) > 0, "needs a thread and a column");
   STD_TORCH_CHECK(x.size(1) == weight.size(transposed ? 0 : 1) && out.size(0) == x.size(0) &&
                       out.size(1) == weight.size(transposed ? 1 : 0),
                   "x, weight and out do not fit");
-  STD_TORCH_CHECK(!bias || bias->numel() == out.size(1), "bias must have a value per column");
+  if (bias) {
+    check_cpu(*bias, "bias");
+    STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float && bias->numel() == out.size(1),
+                    "bias must have a float32 value per column");
+  }
 #ifdef FASTSSL_HAS_PAIRS
   const float* bias_ptr = bias ? input<float>(*bias) : nullptr;
   with_words(weight, "weight", [&](auto* in) {
@@ -342,8 +347,15 @@ void linear_weight_gradient(Tensor dy, Tensor x, std::optional<Tensor> parts,
   STD_TORCH_CHECK(
       dy.size(0) == x.size(0) && dweight.size(0) == dy.size(1) && dweight.size(1) == x.size(1),
       "dy, x and dweight do not fit");
-  STD_TORCH_CHECK(!parts || parts->size(0) * kSumRows >= dy.size(0),
-                  "parts must have a row per 32 of dy");
+  STD_TORCH_CHECK(num_threads > 0, "needs a thread");
+  STD_TORCH_CHECK(parts.has_value() == sums.has_value(), "parts and sums go together");
+  if (parts) {
+    check_cpu(*parts, "parts");
+    check_cpu(*sums, "sums");
+    STD_TORCH_CHECK(parts->size(0) * kSumRows >= dy.size(0) && parts->size(1) == dy.size(1) &&
+                        sums->numel() == dy.size(1),
+                    "parts must have a row per 32 of dy, sums a value per column");
+  }
 #ifdef FASTSSL_HAS_PAIRS
   static_assert(kSumRows == pairs::kPiece);
   float* parts_ptr = parts ? output<float>(*parts) : nullptr;
@@ -352,9 +364,11 @@ void linear_weight_gradient(Tensor dy, Tensor x, std::optional<Tensor> parts,
     using O = std::remove_pointer_t<decltype(type)>;
     O* out = output<O>(dweight);
     prefer_huge_pages(out, bytes_of<O>(dweight));
-    if (std::is_same_v<O, float> && K % pairs::kPanel == 0 &&
-        reinterpret_cast<uintptr_t>(out) % 64 == 0) {
-      return weight_gradient(dy, x, parts_ptr, num_threads, pairs::Out<O, true>{out, K, nullptr});
+    if constexpr (std::is_same_v<O, float>) {
+      if (K % pairs::kPanel == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0) {
+        const pairs::Out<O, true> store{out, K, nullptr};
+        return weight_gradient(dy, x, parts_ptr, num_threads, store);
+      }
     }
     weight_gradient(dy, x, parts_ptr, num_threads, pairs::Out<O>{out, K, nullptr});
   });

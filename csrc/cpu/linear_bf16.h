@@ -1,9 +1,11 @@
-// Matrix products of linear layers by dot products of bfloat16 pairs (AVX-512 BF16). Weights and
-// their gradients may be float32: they are rounded while they are packed, and never stored rounded.
+// Matrix products of linear layers by dot products of bfloat16 pairs (AVX-512 BF16). Weights may be
+// float32 and are rounded while they are packed; their gradients may be float32 and are not
+// rounded.
 //
 // A product's right operand is packed into panels of 32 columns: [depth / 2, 32] pairs, two
-// consecutive rows of one column making a 32-bit word, zeros past its end. Each element of the
-// result is summed by one thread in an order of its own, whatever the number of threads.
+// consecutive rows of one column making a 32-bit word, zeros in the columns past its end and in the
+// row that an odd depth lacks. Each element of the result is summed by one thread in an order of
+// its own, whatever the number of threads.
 #pragma once
 
 #include "bf16_pairs.h"
@@ -23,7 +25,7 @@ constexpr int64_t kDepth = 768, kChunk = 504;
 constexpr int64_t kPanelBytes = 96 << 10;
 
 inline int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
-// Words of a panel; packing fills whole squares.
+// Words of a panel; transposing fills whole squares.
 inline int64_t panel_words(int64_t depth) { return panels_of(depth) * kPanel / 2 * kPanel; }
 
 // The panels of src [R, C] at columns [begin, end), R what is summed over.
@@ -89,10 +91,11 @@ class Ahead {
         lines_(rows * ((width + 63) / 64)) {}
 
   int64_t lines() const { return lines_; }
-  // How many lines `fetch` may take from now on.
+  // How many lines more `fetch` may take.
   void allow(int64_t lines) {
-    allowed_ = std::min(lines, lines_);
-    lines_ -= allowed_;
+    const int64_t more = std::min(lines, lines_);
+    allowed_ += more;
+    lines_ -= more;
   }
   FASTSSL_PAIRS FASTSSL_INLINE void fetch() {
     if (allowed_ <= 0) return;
@@ -169,7 +172,7 @@ FASTSSL_PAIRS inline void multiply_rows(int64_t count, const uint32_t* a, int64_
 
 // C [M, N] = A [M, K] B [K, N], K even, cut into tasks: groups of panels times parts of the rows.
 struct Product {
-  int64_t M, N, K, groups, parts;
+  int64_t M, N, K, groups, parts = 1;
 
   Product(int64_t rows, int64_t columns, int64_t depth, int64_t workers)
       : M(rows), N(columns), K(depth) {
@@ -177,9 +180,10 @@ struct Product {
     const int64_t group = std::max<int64_t>(kPanelBytes / bytes, 2);
     groups = (panels_of(N) + group - 1) / group;
     // At least two tasks per thread, and as many for each, where there are rows enough.
-    parts = (2 * workers + groups - 1) / groups;
-    if (groups * parts % workers) parts = (parts + workers - 1) / workers * workers;
-    if (groups >= 8 * workers) parts = 1;
+    if (groups < 8 * workers) {
+      parts = (2 * workers + groups - 1) / groups;
+      while (groups * parts % workers) ++parts;
+    }
     parts = std::max<int64_t>(1, std::min(parts, M / (4 * kRows)));
   }
   int64_t tasks() const { return groups * parts; }
@@ -196,10 +200,12 @@ struct Product {
     float* sums = reinterpret_cast<float*>(scratch + largest() * panel_words(K));
     for (int64_t task = range.begin; task < range.end; ++task) {
       const Range panels = panels_at(task);
-      pack({panels.begin * kPanel, panels.end * kPanel}, scratch);
+      if (task == range.begin || task % parts == 0) {
+        pack({panels.begin * kPanel, panels.end * kPanel}, scratch);
+      }
       const Range rows = part_of(M, task % parts, parts);
       Ahead next;
-      if (task + 1 < range.end) next = pack.ahead(panels_at(task + 1));
+      if (task + 1 < range.end && (task + 1) % parts == 0) next = pack.ahead(panels_at(task + 1));
       const int64_t calls = (rows.size() / kRows + 1) * std::max<int64_t>(panels.size() - 1, 1);
       const int64_t each = next.lines() / calls + 1;
       for (int64_t m = rows.begin; m < rows.end; m += kChunk) {

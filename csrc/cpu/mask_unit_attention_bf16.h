@@ -36,7 +36,7 @@ inline int64_t group_of(int64_t unit_size) {
 // memory.
 struct Buffers {
   int64_t queries, keys, width;                        // padded to multiples of 32
-  uint16_t *q, *dout;                                  // rows [queries, width]
+  uint16_t *q, *dout;                                  // rows [queries, width], unless in place
   uint32_t *k_columns, *v_columns;                     // pairs of columns [width / 2, keys]
   uint32_t *q_pairs, *k_pairs, *v_pairs, *dout_pairs;  // pairs of rows
   uint16_t *p_transposed, *ds_transposed;              // [keys, queries], for tiles

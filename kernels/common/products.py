@@ -75,7 +75,7 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tens
     """x weight^T + bias in x's dtype, from x [M, K], an operand [N, K] and a bias of any dtype."""
     if _in_pairs(weight, x.dtype, backend):
         out = x.new_empty((x.shape[0], weight.shape[0]))
-        bias = None if bias is None else bias.float()
+        bias = None if bias is None else bias.float().contiguous()
         threads = torch.get_num_threads()
         torch.ops.fastssl_csrc.linear_product(x, weight, False, bias, threads, out)
         return out
@@ -90,12 +90,13 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tens
 
 def input_gradient(dy: Tensor, weight: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     """dy weight in `dtype`, from dy [M, N] and an operand [N, K]: [M, K]."""
-    if _in_pairs(weight, dy.dtype, backend) and dtype in _PAIRS_DTYPES:
-        out = dy.new_empty((dy.shape[0], weight.shape[1]), dtype=dtype)
-        threads = torch.get_num_threads()
-        torch.ops.fastssl_csrc.linear_product(dy, weight, True, None, threads, out)
-        return out
-    return cast(_multiply(dy, weight, backend), dtype, backend)
+    if not _in_pairs(weight, dy.dtype, backend):
+        return cast(_multiply(dy, weight, backend), dtype, backend)
+    out_dtype = dtype if dtype in _PAIRS_DTYPES else dy.dtype
+    out = dy.new_empty((dy.shape[0], weight.shape[1]), dtype=out_dtype)
+    threads = torch.get_num_threads()
+    torch.ops.fastssl_csrc.linear_product(dy, weight, True, None, threads, out)
+    return cast(out, dtype, backend)
 
 
 def parameter_gradients(

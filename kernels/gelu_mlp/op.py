@@ -82,7 +82,7 @@ def _gelu_mlp(
     ]
     h = products.affine(products.rows_of(own[0]), own[1], None, backend)
     activation = torch.empty_like(h) if saves else h
-    bias = None if fc1_bias is None else fc1_bias.float()
+    bias = None if fc1_bias is None else fc1_bias.float().contiguous()
     if backend == "cpp":
         torch.ops.fastssl_csrc.gelu_mlp_fwd(h, bias, activation)
     else:
@@ -160,7 +160,7 @@ def _gelu_backward(
     h: Tensor, bias: Tensor | None, grad: Tensor, activation: Tensor, backend: str
 ) -> Tensor:
     """Turn the gradient of gelu(h + bias) into that of h; fill activation, return the bias's."""
-    bias = None if bias is None else bias.float()
+    bias = None if bias is None else bias.float().contiguous()
     if backend != "cpp":
         from fastssl.kernels.gelu_mlp import triton_kernel
 

@@ -118,13 +118,31 @@ def test_bad_operands_are_refused():
         "weight must be float32 or bfloat16": (x, weight.half(), False, bias, 1, out),
         "even number of columns": (x[:, :7].contiguous(), weight, False, bias, 1, out),
         "do not fit": (x, weight, True, None, 1, out),
-        "bias must have a value per column": (x, weight, False, bias[:5], 1, out),
+        "bias must have a float32 value per column": (x, weight, False, bias[:5], 1, out),
+        "bias must have a float32": (x, weight, False, bias.half(), 1, out),
+        "bias must be contiguous": (x, weight, False, torch.zeros(12)[::2], 1, out),
     }
     for message, arguments in bad.items():
         with pytest.raises(RuntimeError, match=message):
             CSRC.linear_product(*arguments)
     with pytest.raises(RuntimeError, match="do not fit"):
         CSRC.linear_weight_gradient(dy, x, None, None, 1, torch.empty(8, 6))
+
+
+@pytest.mark.parametrize("kind", ["linear", "gelu_mlp"])
+def test_strided_biases_and_inputs_of_another_half(kind, layers):
+    """A float16 x under bfloat16 autocast gets a float16 gradient."""
+    torch.manual_seed(0)
+    weights = torch.randn(32, 16), torch.randn(16, 32)
+    biases = torch.randn(64)[::2], torch.randn(1).expand(16)
+    x, num_layers = torch.randn(9, 16).half(), 1 if kind == "linear" else 2
+    parameters = [p for pair in zip(weights, biases, strict=True) for p in pair][: 2 * num_layers]
+    grad = torch.randn(9, 32 if kind == "linear" else 16)
+    own, torchs = (layers(unit, x, parameters, grad) for unit in ("dots", "tiles"))
+    assert own[1][0].dtype == torch.float16
+    for ours, theirs in zip((own[0], *own[1]), (torchs[0], *torchs[1]), strict=True):
+        error = (ours.float() - theirs.float()).norm() / theirs.float().norm()
+        assert ours.dtype == theirs.dtype and error < 1e-2
 
 
 @pytest.fixture
