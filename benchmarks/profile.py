@@ -14,7 +14,10 @@ from fastssl import models
 STEPS = 5
 # The first kind whose words appear in an op's name counts it.
 KINDS = {
-    "matrix products": ("aten::mm", "aten::addmm", "_linear_pointwise", "aten::linear"),
+    "matrix products": (
+        *("aten::mm", "aten::addmm", "_linear_pointwise", "aten::linear"),
+        *("linear_product", "linear_weight_gradient"),
+    ),
     "attention": ("attention", "bmm", "softmax", "aten::mul"),
     "GELU": ("gelu",),
     "optimizer": ("adamw", "Optimizer"),
