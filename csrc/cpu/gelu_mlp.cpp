@@ -8,15 +8,13 @@
 #include <immintrin.h>
 #endif
 
+#include "column_parts.h"
 #include "pages.h"
 #include "simd.h"
 #include "softmax.h"
 
 namespace fastssl {
 namespace {
-
-// Rows per partial sum of the bias's gradient, whatever the number of threads.
-constexpr int64_t kSumRows = 32;
 
 struct Gelu {
   float cdf;    // Phi(x), the normal distribution function; gelu(x) = x Phi(x)
@@ -208,14 +206,7 @@ void backward(const Tensor& h, const float* bias, Tensor& grad, Tensor& out, flo
       }
     }
   });
-  if (!bias) return;
-  parallel(N, kGrain, [&](int64_t begin, int64_t end) FASTSSL_LAMBDA {
-    std::fill(dbias + begin, dbias + end, 0.0f);
-    for (int64_t k = 0; k < chunks; ++k) {
-      const float* from = parts + k * N;
-      for (int64_t n = begin; n < end; ++n) dbias[n] += from[n];
-    }
-  });
+  if (bias) add_parts(parts, chunks, N, dbias);
 }
 
 // out [M, N] = gelu(h [M, N] + bias [N]); out may be h.

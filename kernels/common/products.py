@@ -15,7 +15,7 @@ from torch.nn import functional
 from fastssl.kernels.common import libraries
 from fastssl.kernels.common.checks import check_shape, check_tensor
 
-# Rows per partial sum on a CPU, as in csrc/cpu/linear.cpp and gelu_mlp.cpp.
+# Rows per partial sum on a CPU, as in csrc/cpu/column_parts.h.
 SUM_ROWS = 32
 # Inputs from which on the product of a transposed dy gains more than transposing x saves.
 WIDE = 768
