@@ -110,39 +110,71 @@ FASTSSL_PAIRS inline void multiply_block(const uint16_t* a, int64_t lda, const u
   if (kTwoRows && kTwoColumns) _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
 }
 
-// C [kRows, 16 * kVectors] = A B over K, which is even. Pair k of A's row r is the word at
-// a[r * lda + k], or with kPacked at a[k * lda + r]: A's transpose in pairs of rows.
+// Sums of kRows rows of A with 16 * kVectors columns of B, in registers. Pair k of A's row r is the
+// word at a[r * lda + k], or with kPacked at a[k * lda + r]: A's transpose in pairs of rows.
 template <int kRows, int kVectors, bool kPacked>
-FASTSSL_PAIRS inline void dot_block(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
-                                    float* c, int64_t ldc, int64_t K) {
-  __m512 sums[kRows][kVectors];
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm512_setzero_ps();
-  }
-  for (int64_t k = 0; k < K / 2; ++k) {
-    __m512bh columns[kVectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      columns[v] = (__m512bh)_mm512_loadu_si512(b + k * ldb + 16 * v);
-    }
+struct DotSums {
+  __m512 rows[kRows][kVectors];
+
+  FASTSSL_PAIRS FASTSSL_INLINE void clear() {
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      int32_t pair;
-      std::memcpy(&pair, kPacked ? a + k * lda + r : a + r * lda + k, sizeof(pair));
-      const __m512bh row = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) rows[r][v] = _mm512_setzero_ps();
+    }
+  }
+  FASTSSL_PAIRS FASTSSL_INLINE void load(const float* c, int64_t ldc) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) rows[r][v] = _mm512_loadu_ps(c + r * ldc + 16 * v);
+    }
+  }
+  FASTSSL_PAIRS FASTSSL_INLINE void store(float* c, int64_t ldc) const {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(c + r * ldc + 16 * v, rows[r][v]);
+    }
+  }
+  // Adds `pairs` pairs; with each, `ahead` may fetch something.
+  template <class Ahead>
+  FASTSSL_PAIRS FASTSSL_INLINE void multiply(const uint32_t* a, int64_t lda, const uint32_t* b,
+                                             int64_t ldb, int64_t pairs, Ahead& ahead) {
+    for (int64_t k = 0; k < pairs; ++k) {
+      ahead.fetch();
+      __m512bh columns[kVectors];
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) {
-        sums[r][v] = _mm512_dpbf16_ps(sums[r][v], row, columns[v]);
+        columns[v] = (__m512bh)_mm512_loadu_si512(b + k * ldb + 16 * v);
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        int32_t pair;
+        std::memcpy(&pair, kPacked ? a + k * lda + r : a + r * lda + k, sizeof(pair));
+        const __m512bh row = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) {
+          rows[r][v] = _mm512_dpbf16_ps(rows[r][v], row, columns[v]);
+        }
       }
     }
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(c + r * ldc + 16 * v, sums[r][v]);
-  }
+};
+
+struct FetchNothing {
+  FASTSSL_INLINE void fetch() const {}
+};
+
+// C [kRows, 16 * kVectors] = A B over K, which is even.
+template <int kRows, int kVectors, bool kPacked>
+FASTSSL_PAIRS inline void dot_block(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
+                                    float* c, int64_t ldc, int64_t K) {
+  DotSums<kRows, kVectors, kPacked> sums;
+  const FetchNothing nothing;
+  sums.clear();
+  sums.multiply(a, lda, b, ldb, K / 2, nothing);
+  sums.store(c, ldc);
 }
 
 // As many rows as `count` says, at most kRows.

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "bf16_pairs.h"
+#include "column_parts.h"
 #include "ranges.h"
 
 #ifdef FASTSSL_HAS_PAIRS
@@ -113,44 +114,6 @@ class Ahead {
   int64_t stride_ = 0, width_ = 0, lines_ = 0, allowed_ = 0, offset_ = 0;
 };
 
-// Sums of kCount rows of A with one panel: the word of row r and pair k is a[r * lda + k], or
-// a[k * lda + r] where A is packed too. They begin with those in `sums` unless `first`.
-template <int kCount, bool kPacked>
-struct Sums {
-  __m512 low[kCount], high[kCount];
-
-  FASTSSL_PAIRS FASTSSL_INLINE void multiply(const uint32_t* a, int64_t lda, const uint32_t* b,
-                                             int64_t pairs, const float* sums, bool first,
-                                             Ahead& ahead) {
-#pragma GCC unroll 16
-    for (int r = 0; r < kCount; ++r) {
-      low[r] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + r * kPanel);
-      high[r] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + r * kPanel + 16);
-    }
-    for (int64_t k = 0; k < pairs; ++k) {
-      ahead.fetch();
-      const __m512bh b_low = (__m512bh)_mm512_loadu_si512(b + k * kPanel);
-      const __m512bh b_high = (__m512bh)_mm512_loadu_si512(b + k * kPanel + 16);
-#pragma GCC unroll 16
-      for (int r = 0; r < kCount; ++r) {
-        uint32_t word;
-        std::memcpy(&word, kPacked ? a + k * lda + r : a + r * lda + k, sizeof(word));
-        const __m512bh row = (__m512bh)_mm512_set1_epi32(int(word));
-        low[r] = _mm512_dpbf16_ps(low[r], row, b_low);
-        high[r] = _mm512_dpbf16_ps(high[r], row, b_high);
-      }
-    }
-  }
-
-  FASTSSL_PAIRS FASTSSL_INLINE void store(float* sums) const {
-#pragma GCC unroll 16
-    for (int r = 0; r < kCount; ++r) {
-      _mm512_storeu_ps(sums + r * kPanel, low[r]);
-      _mm512_storeu_ps(sums + r * kPanel + 16, high[r]);
-    }
-  }
-};
-
 // As many rows as `count` says, at most kCount, of a product that is summed in several turns.
 template <int kCount, class Store>
 FASTSSL_PAIRS inline void multiply_rows(int64_t count, const uint32_t* a, int64_t lda,
@@ -163,11 +126,12 @@ FASTSSL_PAIRS inline void multiply_rows(int64_t count, const uint32_t* a, int64_
                                        ahead);
     }
   }
-  Sums<kCount, false> block;
-  block.multiply(a, lda, b, pairs, sums, first, ahead);
-  if (!last) return block.store(sums);
+  DotSums<kCount, 2, false> block;
+  first ? block.clear() : block.load(sums, kPanel);
+  block.multiply(a, lda, b, kPanel, pairs, ahead);
+  if (!last) return block.store(sums, kPanel);
 #pragma GCC unroll 16
-  for (int r = 0; r < kCount; ++r) store(m + r, n, block.low[r], block.high[r]);
+  for (int r = 0; r < kCount; ++r) store(m + r, n, block.rows[r][0], block.rows[r][1]);
 }
 
 // C [M, N] = A [M, K] B [K, N], K even, cut into tasks: groups of panels times parts of the rows.
@@ -242,17 +206,16 @@ struct Product {
   }
 };
 
-// Rows that are packed, and whose columns are summed, in one piece.
-constexpr int64_t kPiece = 32;
 // Of the gradient of a weight: rows whose sums stay in registers, depth that is summed in a turn.
 constexpr int kTurnRows = 8;
 constexpr int64_t kTurn = 384;
 
-// Piece `i` of the rows of src [M, W] in all panels, and the sums of its columns where wanted.
+// Piece `i`, of kSumRows rows, of src [M, W] in all panels, and the sums of its columns where
+// wanted.
 FASTSSL_PAIRS inline void pack_piece(const uint16_t* src, int64_t M, int64_t W, int64_t i,
                                      uint32_t* dst, float* sums) {
   const PairOrder order;
-  const Range rows = block_of(M, i, kPiece);
+  const Range rows = block_of(M, i, kSumRows);
   uint32_t* panel = dst + rows.begin / 2 * kPanel;
   for (int64_t c = 0; c < W; c += kPanel, panel += panel_words(M)) {
     const __mmask32 mask = first_words(W - c);
@@ -311,16 +274,16 @@ struct WeightGradient {
     for (int64_t p = panels.begin; p < panels.end; ++p) {
       const uint32_t* right = x + p * panel_words(M) + first_pair * kPanel;
       for (int64_t r = 0; r < kPanel; r += kTurnRows, sums += kTurnRows * kPanel) {
-        Sums<kTurnRows, true> block;
-        block.multiply(dy + first_pair * kPanel + r, kPanel, right, pairs, sums, rows.begin == 0,
-                       next);
+        DotSums<kTurnRows, 2, true> block;
+        rows.begin == 0 ? block.clear() : block.load(sums, kPanel);
+        block.multiply(dy + first_pair * kPanel + r, kPanel, right, kPanel, pairs, next);
         if (rows.end < M) {
-          block.store(sums);
+          block.store(sums, kPanel);
           continue;
         }
 #pragma GCC unroll 8
         for (int i = 0; i < kTurnRows; ++i) {
-          if (n + r + i < N) store(n + r + i, p * kPanel, block.low[i], block.high[i]);
+          if (n + r + i < N) store(n + r + i, p * kPanel, block.rows[i][0], block.rows[i][1]);
         }
       }
     }

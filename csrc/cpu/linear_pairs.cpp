@@ -4,9 +4,9 @@
 #include <optional>
 #include <type_traits>
 
-#include "column_parts.h"
 #include "linear_bf16.h"
 #include "pages.h"
+#include "scratch.h"
 
 namespace fastssl {
 namespace {
@@ -44,18 +44,6 @@ void with_words(const Tensor& tensor, const char* name, const F& f) {
   f(static_cast<uint16_t*>(nullptr));
 }
 
-// Scratch memory, and where its first whole line begins.
-struct Scratch {
-  Tensor memory;
-  uint32_t* words;
-
-  Scratch(const Tensor& like, int64_t count)
-      : memory(torch::stable::new_empty(like, {count + 16}, ScalarType::Int)),
-        words(output<uint32_t>(memory)) {
-    words += (64 - reinterpret_cast<uintptr_t>(words) % 64) % 64 / sizeof(uint32_t);
-  }
-};
-
 template <bool kTransposed, class T, class O>
 void product(const Tensor& x, const Tensor& weight, const float* bias, int64_t num_threads,
              Tensor& out) {
@@ -66,11 +54,11 @@ void product(const Tensor& x, const Tensor& weight, const float* bias, int64_t n
   prefer_huge_pages(store.data, out.numel() * int64_t(sizeof(O)));
   const int64_t tasks = plan.tasks(), workers = std::min(tasks, num_threads);
   const int64_t words = pairs::round_up(plan.scratch(), 16);
-  const Scratch scratch(x, workers * words);
+  const Scratch<uint32_t> scratch(x, workers * words);
   const auto* rows = input<uint16_t>(x);
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t w = begin; w < end; ++w) {
-      plan.run(rows, scratch.words + w * words, part_of(tasks, w, workers), pack, store);
+      plan.run(rows, scratch.data + w * words, part_of(tasks, w, workers), pack, store);
     }
   });
 }
@@ -128,10 +116,10 @@ void weight_gradient(const Tensor& dy, const Tensor& x, float* parts, int64_t nu
   const pairs::WeightGradient plan{M, N, K};
   const int64_t dy_words = pairs::panels_of(N) * pairs::panel_words(M);
   const int64_t x_words = pairs::panels_of(K) * pairs::panel_words(M);
-  const Scratch scratch(x, dy_words + x_words);
-  uint32_t* packed = scratch.words;
+  const Scratch<uint32_t> scratch(x, dy_words + x_words);
+  uint32_t* packed = scratch.data;
   const auto *dy_ptr = input<uint16_t>(dy), *x_ptr = input<uint16_t>(x);
-  const int64_t pieces = (M + pairs::kPiece - 1) / pairs::kPiece;
+  const int64_t pieces = (M + kSumRows - 1) / kSumRows;
   torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       pairs::pack_piece(dy_ptr, M, N, i, packed, parts ? parts + i * N : nullptr);
@@ -167,7 +155,6 @@ void linear_weight_gradient(Tensor dy, Tensor x, std::optional<Tensor> parts,
                     "parts must have a row per 32 of dy, sums a value per column");
   }
 #ifdef FASTSSL_HAS_PAIRS
-  static_assert(kSumRows == pairs::kPiece);
   float* parts_ptr = parts ? output<float>(*parts) : nullptr;
   const int64_t K = x.size(1);
   with_words(dweight, "dweight", [&](auto* type) {

@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "mask_unit_attention_bf16.h"
+#include "scratch.h"
 #include "small_product.h"
 
 namespace fastssl {
@@ -311,11 +312,8 @@ void run(const std::optional<Tensor>& dout, const Tensor& qkv, int64_t heads, in
 #endif
   Operands operands;
   if (!in_pairs) bytes = lay_out(g, backward, nullptr, &operands);
-  bytes = (bytes + 4095) / 4096 * 4096 + 64;
-  Tensor scratch = torch::stable::new_empty(qkv, {workers, bytes}, ScalarType::Byte);
-  uint8_t* scratch_ptr = output<uint8_t>(scratch);
-  scratch_ptr += (64 - reinterpret_cast<uintptr_t>(scratch_ptr) % 64) % 64;
-  const int64_t step = bytes - 64;
+  const int64_t step = (bytes + 4095) / 4096 * 4096;
+  const Scratch<uint8_t> scratch(qkv, workers * step);
   with_type(qkv.scalar_type(), "qkv", [&](auto* type) {
     using T = std::remove_reference_t<decltype(*type)>;
     const T *dout_ptr = backward ? input<T>(*dout) : nullptr, *qkv_ptr = input<T>(qkv);
@@ -326,7 +324,7 @@ void run(const std::optional<Tensor>& dout, const Tensor& qkv, int64_t heads, in
         for (int64_t w = begin; w < end; ++w) {
           const auto words = [](auto* pointer) { return (uint16_t*)(pointer); };
           run_pairs(g, words(dout_ptr), words(qkv_ptr), num_units, words(out_ptr),
-                    scratch_ptr + w * step, part_of(tasks, w, workers));
+                    scratch.data + w * step, part_of(tasks, w, workers));
         }
       });
       return;
@@ -334,7 +332,7 @@ void run(const std::optional<Tensor>& dout, const Tensor& qkv, int64_t heads, in
 #endif
     parallel(workers, 1, [&](int64_t begin, int64_t end) FASTSSL_LAMBDA {
       for (int64_t w = begin; w < end; ++w) {
-        run_plain(g, dout_ptr, qkv_ptr, num_units, out_ptr, scratch_ptr + w * step,
+        run_plain(g, dout_ptr, qkv_ptr, num_units, out_ptr, scratch.data + w * step,
                   part_of(tasks, w, workers));
       }
     });
