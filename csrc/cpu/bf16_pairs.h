@@ -166,44 +166,69 @@ struct FetchNothing {
   FASTSSL_INLINE void fetch() const {}
 };
 
-// C [kRows, 16 * kVectors] = A B over K, which is even.
-template <int kRows, int kVectors, bool kPacked>
-FASTSSL_PAIRS inline void dot_block(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
-                                    float* c, int64_t ldc, int64_t K) {
+// Where sums go as they are: a matrix of float32.
+struct FloatRows {
+  float* data;
+  int64_t stride;
+
+  FASTSSL_PAIRS FASTSSL_INLINE void operator()(int64_t m, int64_t n, __m512 sums) const {
+    _mm512_storeu_ps(data + m * stride + n, sums);
+  }
+  FASTSSL_PAIRS FASTSSL_INLINE void operator()(int64_t m, int64_t n, __m512 low,
+                                               __m512 high) const {
+    (*this)(m, n, low);
+    (*this)(m, n + 16, high);
+  }
+};
+
+// As many rows as `count` says, at most kRows, and 16 * kVectors columns of A B over K, which is
+// even. `store` gets the sums of row m at columns n and, with two vectors, n + 16.
+template <int kRows, int kVectors, bool kPacked, class Store>
+FASTSSL_PAIRS inline void dot_rows(int64_t count, const uint32_t* a, int64_t lda, const uint32_t* b,
+                                   int64_t ldb, int64_t K, int64_t m, int64_t n,
+                                   const Store& store) {
+  if constexpr (kRows > 1) {
+    if (count < kRows) {
+      return dot_rows<kRows - 1, kVectors, kPacked>(count, a, lda, b, ldb, K, m, n, store);
+    }
+  }
   DotSums<kRows, kVectors, kPacked> sums;
   const FetchNothing nothing;
   sums.clear();
   sums.multiply(a, lda, b, ldb, K / 2, nothing);
-  sums.store(c, ldc);
-}
-
-// As many rows as `count` says, at most kRows.
-template <int kRows, int kVectors, bool kPacked>
-FASTSSL_PAIRS inline void dot_rows(int64_t count, const uint32_t* a, int64_t lda, const uint32_t* b,
-                                   int64_t ldb, float* c, int64_t ldc, int64_t K) {
-  if constexpr (kRows > 1) {
-    if (count < kRows) {
-      return dot_rows<kRows - 1, kVectors, kPacked>(count, a, lda, b, ldb, c, ldc, K);
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    if constexpr (kVectors == 2) {
+      store(m + r, n, sums.rows[r][0], sums.rows[r][1]);
+    } else {
+      store(m + r, n, sums.rows[r][0]);
     }
   }
-  dot_block<kRows, kVectors, kPacked>(a, lda, b, ldb, c, ldc, K);
+}
+
+// The number of rows that cuts M rows into the fewest and most equal blocks of `most` at most, both
+// even.
+inline int64_t even_block(int64_t M, int64_t most) {
+  const int64_t blocks = std::max<int64_t>((M + most - 1) / most, 1);
+  return round_up((M + blocks - 1) / blocks, 2);
 }
 
 // C [M, N] = A [M, K] B [K, N] by dot products, in blocks that keep up to 28 sums on their way; N a
 // multiple of 16, K even. No row of A past M is read.
-template <bool kPacked>
+template <bool kPacked, class Store>
 FASTSSL_PAIRS inline void multiply_dots(const uint32_t* a, int64_t lda, const uint32_t* b,
-                                        int64_t ldb, float* c, int64_t ldc, int64_t M, int64_t N,
-                                        int64_t K) {
+                                        int64_t ldb, int64_t M, int64_t N, int64_t K,
+                                        const Store& store) {
   const int64_t step = kPacked ? 1 : lda;
   for (int64_t n = 0; n < N; n += 32) {
     const bool two = n + 16 < N;
-    for (int64_t m = 0, rows; m < M; m += rows) {
-      rows = std::min<int64_t>(two ? 14 : 16, M - m);
+    const int64_t block = even_block(M, two ? 14 : 16);
+    for (int64_t m = 0; m < M; m += block) {
+      const int64_t rows = std::min(block, M - m);
       if (two) {
-        dot_rows<14, 2, kPacked>(rows, a + m * step, lda, b + n, ldb, c + m * ldc + n, ldc, K);
+        dot_rows<14, 2, kPacked>(rows, a + m * step, lda, b + n, ldb, K, m, n, store);
       } else {
-        dot_rows<16, 1, kPacked>(rows, a + m * step, lda, b + n, ldb, c + m * ldc + n, ldc, K);
+        dot_rows<16, 1, kPacked>(rows, a + m * step, lda, b + n, ldb, K, m, n, store);
       }
     }
   }
@@ -221,7 +246,7 @@ FASTSSL_PAIRS inline void multiply(const uint16_t* a, int64_t lda, const uint32_
                                    float* c, int64_t ldc, int64_t M, int64_t N, int64_t K) {
   if (best_unit() == Unit::dots) {
     const auto* words = reinterpret_cast<const uint32_t*>(a);
-    return multiply_dots<false>(words, lda / 2, b, ldb, c, ldc, M, N, K);
+    return multiply_dots<false>(words, lda / 2, b, ldb, M, N, K, FloatRows{c, ldc});
   }
   for (int64_t m = 0; m < M; m += 32) {
     const uint16_t* rows = a + m * lda;
@@ -354,11 +379,10 @@ FASTSSL_PAIRS inline void pair_columns(const T* src, int64_t stride, int64_t R, 
 FASTSSL_PAIRS inline __m512 exp2(__m512 x) {
   const __m512 n = _mm512_roundscale_ps(x, 0);
   const __m512 r = _mm512_sub_ps(x, n);
-  __m512 p = _mm512_set1_ps(9.6147e-3f);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.55055e-2f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.402265e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931471e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  const __m512 square = _mm512_mul_ps(r, r);
+  const __m512 even = _mm512_fmadd_ps(r, _mm512_set1_ps(0.69326098f), _mm512_set1_ps(0.99992807f));
+  const __m512 odd = _mm512_fmadd_ps(r, _mm512_set1_ps(0.05517166f), _mm512_set1_ps(0.24261112f));
+  const __m512 p = _mm512_fmadd_ps(odd, square, even);
   return _mm512_scalef_ps(p, n);
 }
 

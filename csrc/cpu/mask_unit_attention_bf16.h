@@ -12,15 +12,17 @@ constexpr int64_t kQueryBlock = 32;
 
 // The sizes that a group's products have.
 struct Sizes {
-  int64_t keys, width;              // as columns
-  int64_t keys_depth, width_depth;  // as what is summed over
-  int64_t keys_padded;              // columns of scores that exist, zeros past the keys
+  int64_t keys, width;                             // as columns
+  int64_t keys_depth, queries_depth, width_depth;  // as what is summed over
+  int64_t keys_padded;  // columns of scores that exist, zeros past the keys
 
-  Sizes(const Geometry& g, int64_t num_keys) {
+  Sizes(const Geometry& g, int64_t units) {
+    const int64_t num_keys = units * g.unit_size;
     const int64_t depth = grain().depth;
     keys = round_up(num_keys, 16);
     width = round_up(g.head_dim, 16);
     keys_depth = round_up(num_keys, depth);
+    queries_depth = round_up(units * g.unit_queries(), depth);
     width_depth = round_up(g.head_dim, depth);
     keys_padded = std::max(keys, keys_depth);
   }
@@ -166,7 +168,7 @@ inline Keys keys_of(const Geometry& g, int64_t count, int64_t query) {
 
 // The largest score of a query.
 template <bool kShared>
-FASTSSL_PAIRS inline __m512 largest(const float* s, const Keys& keys) {
+FASTSSL_PAIRS FASTSSL_INLINE float largest(const float* s, const Keys& keys) {
   __m512 top = _mm512_set1_ps(-INFINITY), other = top;
   int64_t j = 0;
   if (!kShared) {
@@ -178,32 +180,55 @@ FASTSSL_PAIRS inline __m512 largest(const float* s, const Keys& keys) {
   for (; j < keys.count; j += 16) {
     top = _mm512_mask_max_ps(top, keys.lanes<kShared>(j), top, _mm512_loadu_ps(s + j));
   }
-  return _mm512_set1_ps(_mm512_reduce_max_ps(_mm512_max_ps(top, other)));
+  return _mm512_reduce_max_ps(_mm512_max_ps(top, other));
 }
 
-// 2^(factor * (score - largest)) of all keys, zeros up to `padded`: in bfloat16 in p. Returns their
-// sum.
-template <bool kShared>
-FASTSSL_PAIRS inline float forward_row(const float* s, const Keys& keys, int64_t padded,
-                                       float factor, uint16_t* p) {
-  const __m512 scale = _mm512_set1_ps(factor), top = largest<kShared>(s, keys);
-  __m512 sum = _mm512_setzero_ps();
+// Gives `take` 2^(factor * (score - top)) of a query's keys, 16 at a time, and zeros up to
+// `padded`. The difference is taken first, for it is exact where scores are large.
+template <bool kShared, class Take>
+FASTSSL_PAIRS FASTSSL_INLINE void exponentials(const float* s, float top, float factor,
+                                               const Keys& keys, int64_t padded, Take& take) {
+  const __m512 tops = _mm512_set1_ps(top), factors = _mm512_set1_ps(factor);
   int64_t j = 0;
   if (!kShared) {
     for (; j + 16 <= keys.count; j += 16) {
-      const __m512 e = exp2(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(s + j), top), scale));
-      sum = _mm512_add_ps(sum, e);
-      _mm256_storeu_si256((__m256i*)(p + j), to_bf16(e));
+      take(j, exp2(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(s + j), tops), factors)));
     }
   }
   for (; j < keys.count; j += 16) {
-    const __m512 x = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(s + j), top), scale);
-    const __m512 e = _mm512_maskz_mov_ps(keys.lanes<kShared>(j), exp2(x));
-    sum = _mm512_add_ps(sum, e);
-    _mm256_storeu_si256((__m256i*)(p + j), to_bf16(e));
+    const __m512 x = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(s + j), tops), factors);
+    take(j, _mm512_maskz_mov_ps(keys.lanes<kShared>(j), exp2(x)));
   }
-  for (; j < padded; j += 16) _mm256_storeu_si256((__m256i*)(p + j), _mm256_setzero_si256());
-  return _mm512_reduce_add_ps(sum);
+  for (; j < padded; j += 16) take(j, _mm512_setzero_ps());
+}
+
+// Of some queries of a group: their exponentials in bfloat16 in b.p, and one by their sums. The
+// loops over the rows are apart so that no row waits for the sum across another's lanes.
+template <bool kShared>
+FASTSSL_PAIRS inline void forward_rows(const Geometry& g, const Buffers& b, Range queries,
+                                       int64_t keys, int64_t padded, float* inverses) {
+  struct Take {
+    uint16_t* p;
+    __m512 sum = _mm512_setzero_ps();
+
+    FASTSSL_PAIRS FASTSSL_INLINE void operator()(int64_t j, __m512 e) {
+      sum = _mm512_add_ps(sum, e);
+      _mm256_storeu_si256((__m256i*)(p + j), to_bf16(e));
+    }
+  };
+  const float factor = g.scale() * kLog2e;
+  float tops[kQueryBlock];
+  __m512 sums[kQueryBlock];
+  for (int64_t r = 0; r < queries.size(); ++r) {
+    tops[r] = largest<kShared>(b.scores + r * b.keys, keys_of(g, keys, queries.begin + r));
+  }
+  for (int64_t r = 0; r < queries.size(); ++r) {
+    Take take{b.p + r * b.keys};
+    exponentials<kShared>(b.scores + r * b.keys, tops[r], factor,
+                          keys_of(g, keys, queries.begin + r), padded, take);
+    sums[r] = take.sum;
+  }
+  for (int64_t r = 0; r < queries.size(); ++r) inverses[r] = 1.0f / _mm512_reduce_add_ps(sums[r]);
 }
 
 // What turns a row of exponentials and of dp into probabilities and the gradient of the scores:
@@ -212,31 +237,38 @@ struct RowFactors {
   float inverse = 0.0f, delta = 0.0f;
 };
 
-// Replaces the scores of one query by 2^(factor * (score - largest)), zeros up to `padded`.
+// Replaces the scores of some queries of a group by their exponentials, as above.
 template <bool kShared>
-FASTSSL_PAIRS inline RowFactors backward_row(float* s, const float* dp, const Keys& keys,
-                                             int64_t padded, float factor) {
-  const __m512 scales = _mm512_set1_ps(factor), top = largest<kShared>(s, keys);
-  __m512 sum = _mm512_setzero_ps(), weighted = sum;
-  int64_t j = 0;
-  if (!kShared) {
-    for (; j + 16 <= keys.count; j += 16) {
-      const __m512 e = exp2(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(s + j), top), scales));
-      sum = _mm512_add_ps(sum, e);
-      weighted = _mm512_fmadd_ps(e, _mm512_loadu_ps(dp + j), weighted);
-      _mm512_storeu_ps(s + j, e);
+FASTSSL_PAIRS inline void backward_rows(const Geometry& g, const Buffers& b, Range queries,
+                                        int64_t keys, int64_t padded, RowFactors* factors) {
+  struct Take {
+    float* e;
+    const float* dp;
+    __m512 sum = _mm512_setzero_ps(), weighted = _mm512_setzero_ps();
+
+    FASTSSL_PAIRS FASTSSL_INLINE void operator()(int64_t j, __m512 value) {
+      sum = _mm512_add_ps(sum, value);
+      weighted = _mm512_fmadd_ps(value, _mm512_loadu_ps(dp + j), weighted);
+      _mm512_storeu_ps(e + j, value);
     }
+  };
+  const float factor = g.scale() * kLog2e;
+  float tops[kQueryBlock];
+  __m512 sums[kQueryBlock], weighted[kQueryBlock];
+  for (int64_t r = 0; r < queries.size(); ++r) {
+    tops[r] = largest<kShared>(b.scores + r * b.keys, keys_of(g, keys, queries.begin + r));
   }
-  for (; j < keys.count; j += 16) {
-    const __m512 x = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(s + j), top), scales);
-    const __m512 e = _mm512_maskz_mov_ps(keys.lanes<kShared>(j), exp2(x));
-    sum = _mm512_add_ps(sum, e);
-    weighted = _mm512_fmadd_ps(e, _mm512_loadu_ps(dp + j), weighted);
-    _mm512_storeu_ps(s + j, e);
+  for (int64_t r = 0; r < queries.size(); ++r) {
+    float* s = b.scores + r * b.keys;
+    Take take{s, b.dp + r * b.keys};
+    exponentials<kShared>(s, tops[r], factor, keys_of(g, keys, queries.begin + r), padded, take);
+    sums[r] = take.sum;
+    weighted[r] = take.weighted;
   }
-  for (; j < padded; j += 16) _mm512_storeu_ps(s + j, _mm512_setzero_ps());
-  const float inverse = 1.0f / _mm512_reduce_add_ps(sum);
-  return {inverse, _mm512_reduce_add_ps(weighted) * inverse};
+  for (int64_t r = 0; r < queries.size(); ++r) {
+    const float inverse = 1.0f / _mm512_reduce_add_ps(sums[r]);
+    factors[r] = {inverse, _mm512_reduce_add_ps(weighted[r]) * inverse};
+  }
 }
 
 // From the exponentials and dp of up to 32 queries, `rows` of them, to p and ds: both in pairs of
@@ -291,13 +323,52 @@ FASTSSL_PAIRS inline void prefetch(const Geometry& g, const uint16_t* data, int6
   }
 }
 
-// A row of `src`, times `factor`, in bfloat16.
-FASTSSL_PAIRS inline void store_row(const float* src, float factor, int64_t columns,
-                                    uint16_t* dst) {
-  for (int64_t c = 0; c < columns; c += 16) {
-    const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(src + c), _mm512_set1_ps(factor));
-    _mm256_mask_storeu_epi16(dst + c, first_lanes(columns - c), to_bf16(x));
+// Rows of a head's channels in bfloat16, their sums times a factor per row where there are some.
+struct WordRows {
+  uint16_t* data;
+  int64_t stride, columns;
+  const float* factors;
+
+  FASTSSL_PAIRS FASTSSL_INLINE void operator()(int64_t m, int64_t n, __m512 sums) const {
+    const __m512 x = _mm512_mul_ps(sums, factor(m));
+    _mm256_mask_storeu_epi16(data + m * stride + n, first_lanes(columns - n), to_bf16(x));
   }
+  FASTSSL_PAIRS FASTSSL_INLINE void operator()(int64_t m, int64_t n, __m512 low,
+                                               __m512 high) const {
+    const __m512 f = factor(m);
+    const __m512i x = (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(high, f), _mm512_mul_ps(low, f));
+    if (n + 32 <= columns) {
+      _mm512_storeu_si512(data + m * stride + n, x);
+    } else {
+      _mm512_mask_storeu_epi16(data + m * stride + n, first_words(columns - n), x);
+    }
+  }
+
+ private:
+  FASTSSL_PAIRS FASTSSL_INLINE __m512 factor(int64_t m) const {
+    return _mm512_set1_ps(factors ? factors[m] : 1.0f);
+  }
+};
+
+// Products that leave as bfloat16: from the registers, or from tiles by way of b.product.
+FASTSSL_PAIRS inline void multiply_into(const Buffers& b, const uint16_t* left, int64_t ld,
+                                        const uint32_t* right, int64_t rows, int64_t width,
+                                        int64_t depth, const WordRows& store) {
+  if (best_unit() == Unit::dots) {
+    const auto* words = reinterpret_cast<const uint32_t*>(left);
+    return multiply_dots<false>(words, ld / 2, right, b.width, rows, width, depth, store);
+  }
+  multiply(left, ld, right, b.width, b.product, b.width, round_up(rows, 16), width, depth);
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* sums = b.product + r * b.width;
+    for (int64_t c = 0; c < width; c += 16) store(r, c, _mm512_loadu_ps(sums + c));
+  }
+}
+
+// How many queries are worked on at once.
+inline int64_t query_block(int64_t queries) {
+  if (best_unit() == Unit::tiles || queries <= kQueryBlock) return kQueryBlock;
+  return even_block(queries, 14);
 }
 
 // Some units and one head, to whose channels tokens and out point.
@@ -305,29 +376,22 @@ FASTSSL_PAIRS inline void forward(const Geometry& g, const Buffers& b, const uin
                                   int64_t units, uint16_t* out) {
   const int64_t queries = units * g.unit_queries(), keys = units * g.unit_size;
   const int64_t stride = g.token_stride();
-  const Sizes n(g, keys);
+  const Sizes n(g, units);
   const Rows q = load_queries(g, b, tokens, units, false);
   const uint16_t *k = tokens + g.dim(), *v = k + g.dim();
-  pair_columns(k, stride, keys, g.head_dim, b.k_columns, b.keys, b.keys);
-  pair_rows(v, stride, keys, g.head_dim, b.v_pairs, b.width, b.keys);
-  const float factor = g.scale() * kLog2e;
-  for (int64_t i = 0; i < queries; i += kQueryBlock) {
-    const int64_t rows = std::min(kQueryBlock, queries - i);
+  pair_columns(k, stride, keys, g.head_dim, b.k_columns, b.keys, n.keys_padded);
+  pair_rows(v, stride, keys, g.head_dim, b.v_pairs, b.width, n.keys_depth);
+  const int64_t block = query_block(queries);
+  for (int64_t i = 0; i < queries; i += block) {
+    const int64_t rows = std::min(block, queries - i);
     const int64_t all_rows = round_up(rows, grain().rows);
     multiply(q.row(i), q.ld, b.k_columns, b.keys, b.scores, b.keys, all_rows, n.keys_padded,
              n.width_depth);
-    float sums[kQueryBlock];
-    for (int64_t r = 0; r < rows; ++r) {
-      const Keys own = keys_of(g, keys, i + r);
-      const float* s = b.scores + r * b.keys;
-      uint16_t* p = b.p + r * b.keys;
-      sums[r] = g.group == 1 ? forward_row<false>(s, own, n.keys_padded, factor, p)
-                             : forward_row<true>(s, own, n.keys_padded, factor, p);
-    }
-    multiply(b.p, b.keys, b.v_pairs, b.width, b.product, b.width, all_rows, n.width, n.keys_depth);
-    for (int64_t r = 0; r < rows; ++r) {
-      store_row(b.product + r * b.width, 1.0f / sums[r], g.head_dim, out + (i + r) * g.dim());
-    }
+    float inverses[kQueryBlock];
+    const auto softmax = g.group == 1 ? forward_rows<false> : forward_rows<true>;
+    softmax(g, b, {i, i + rows}, keys, n.keys_padded, inverses);
+    multiply_into(b, b.p, b.keys, b.v_pairs, rows, n.width, n.keys_depth,
+                  {out + i * g.dim(), g.dim(), g.head_dim, inverses});
   }
 }
 
@@ -350,18 +414,18 @@ FASTSSL_PAIRS inline void backward(const Geometry& g, const Buffers& b, const ui
                                    const uint16_t* tokens, int64_t units, uint16_t* dtokens) {
   const int64_t queries = units * g.unit_queries(), keys = units * g.unit_size;
   const int64_t stride = g.token_stride();
-  const Sizes n(g, keys);
+  const Sizes n(g, units);
   const Rows q = load_queries(g, b, tokens, units, true), d = load_dout(g, b, dout, queries);
   const uint16_t *k = tokens + g.dim(), *v = k + g.dim();
-  pair_columns(k, stride, keys, g.head_dim, b.k_columns, b.keys, b.keys);
-  pair_columns(v, stride, keys, g.head_dim, b.v_columns, b.keys, b.keys);
-  pair_rows(q.data, q.ld, queries, g.head_dim, b.q_pairs, b.width, b.queries);
-  pair_rows(k, stride, keys, g.head_dim, b.k_pairs, b.width, b.keys);
-  pair_rows(d.data, d.ld, queries, g.head_dim, b.dout_pairs, b.width, b.queries);
-  const float factor = g.scale() * kLog2e;
+  pair_columns(k, stride, keys, g.head_dim, b.k_columns, b.keys, n.keys_padded);
+  pair_columns(v, stride, keys, g.head_dim, b.v_columns, b.keys, n.keys_padded);
+  pair_rows(q.data, q.ld, queries, g.head_dim, b.q_pairs, b.width, n.queries_depth);
+  pair_rows(k, stride, keys, g.head_dim, b.k_pairs, b.width, n.keys_depth);
+  pair_rows(d.data, d.ld, queries, g.head_dim, b.dout_pairs, b.width, n.queries_depth);
   const bool tiles = best_unit() == Unit::tiles;
-  for (int64_t i = 0; i < queries; i += kQueryBlock) {
-    const int64_t rows = std::min(kQueryBlock, queries - i);
+  const int64_t block = query_block(queries);
+  for (int64_t i = 0; i < queries; i += block) {
+    const int64_t rows = std::min(block, queries - i);
     // Tiles sum over whole tiles of queries below, of which all must be written; dots over pairs.
     const int64_t all_rows = tiles ? kQueryBlock : rows;
     multiply(q.row(i), q.ld, b.k_columns, b.keys, b.scores, b.keys, all_rows, n.keys_padded,
@@ -373,13 +437,8 @@ FASTSSL_PAIRS inline void backward(const Geometry& g, const Buffers& b, const ui
       std::fill_n(b.dp + all_rows * b.keys, n.keys_padded, 0.0f);
     }
     RowFactors factors[kQueryBlock];
-    for (int64_t r = 0; r < rows; ++r) {
-      const Keys own = keys_of(g, keys, i + r);
-      float* s = b.scores + r * b.keys;
-      const float* dp = b.dp + r * b.keys;
-      factors[r] = g.group == 1 ? backward_row<false>(s, dp, own, n.keys_padded, factor)
-                                : backward_row<true>(s, dp, own, n.keys_padded, factor);
-    }
+    const auto softmax = g.group == 1 ? backward_rows<false> : backward_rows<true>;
+    softmax(g, b, {i, i + rows}, keys, n.keys_padded, factors);
     uint32_t* const p_pairs = tiles ? b.p_pairs : b.p_pairs + i / 2 * b.keys;
     uint32_t* const ds_pairs = tiles ? b.ds_pairs : b.ds_pairs + i / 2 * b.keys;
     gradient_rows(b, factors, g.scale(), round_up(all_rows, 2), n.keys_padded, p_pairs, ds_pairs);
@@ -387,37 +446,39 @@ FASTSSL_PAIRS inline void backward(const Geometry& g, const Buffers& b, const ui
       transpose_pairs(b, p_pairs, b.p_transposed, i, n.keys);
       transpose_pairs(b, ds_pairs, b.ds_transposed, i, n.keys);
     }
+    if (g.q_stride == 1) {
+      multiply_into(b, b.ds, b.keys, b.k_pairs, rows, n.width, n.keys_depth,
+                    {dtokens + i * stride, stride, g.head_dim, nullptr});
+      continue;
+    }
     multiply(b.ds, b.keys, b.k_pairs, b.width, b.product, b.width, all_rows, n.width, n.keys_depth);
     for (int64_t r = 0; r < rows; ++r) {
-      const float* dq = b.product + r * b.width;
       const int64_t unit = (i + r) / g.unit_queries(), query = (i + r) % g.unit_queries();
-      uint16_t* to = dtokens + (unit * g.unit_size + query) * stride;
-      if (g.q_stride == 1) {
-        store_row(dq, 1.0f, g.head_dim, to);
-      } else {
-        store_pooled_row(g, dq, b.argmax + (i + r) * b.width, to);
-      }
+      store_pooled_row(g, b.product + r * b.width, b.argmax + (i + r) * b.width,
+                       dtokens + (unit * g.unit_size + query) * stride);
     }
   }
-  for (int64_t j = 0; j < keys; j += kQueryBlock) {
-    const int64_t rows = std::min(kQueryBlock, keys - j);
-    const struct {
-      const uint16_t* transposed;
-      const uint32_t *pairs, *right;
-      int64_t offset;
-    } products[2] = {{b.ds_transposed, b.ds_pairs, b.q_pairs, g.dim()},
-                     {b.p_transposed, b.p_pairs, b.dout_pairs, 2 * g.dim()}};
-    for (const auto& x : products) {
-      if (tiles) {
-        multiply(x.transposed + j * b.queries, b.queries, x.right, b.width, b.product, b.width,
-                 round_up(rows, grain().rows), n.width, round_up(queries, grain().depth));
-      } else {
-        multiply_dots<true>(x.pairs + j, b.keys, x.right, b.width, b.product, b.width, rows,
-                            n.width, round_up(queries, 2));
-      }
-      for (int64_t r = 0; r < rows; ++r) {
-        store_row(b.product + r * b.width, 1.0f, g.head_dim, dtokens + (j + r) * stride + x.offset);
-      }
+  const struct {
+    const uint16_t* transposed;
+    const uint32_t *pairs, *right;
+    WordRows store;
+  } products[2] = {
+      {b.ds_transposed, b.ds_pairs, b.q_pairs, {dtokens + g.dim(), stride, g.head_dim, nullptr}},
+      {b.p_transposed,
+       b.p_pairs,
+       b.dout_pairs,
+       {dtokens + 2 * g.dim(), stride, g.head_dim, nullptr}}};
+  for (const auto& x : products) {
+    if (!tiles) {
+      multiply_dots<true>(x.pairs, b.keys, x.right, b.width, keys, n.width, n.queries_depth,
+                          x.store);
+      continue;
+    }
+    for (int64_t j = 0; j < keys; j += kQueryBlock) {
+      WordRows store = x.store;
+      store.data += j * stride;
+      multiply_into(b, x.transposed + j * b.queries, b.queries, x.right,
+                    std::min(kQueryBlock, keys - j), n.width, n.queries_depth, store);
     }
   }
 }
