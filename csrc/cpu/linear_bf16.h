@@ -210,17 +210,15 @@ struct Product {
 constexpr int kTurnRows = 8;
 constexpr int64_t kTurn = 384;
 
-// Piece `i`, of kSumRows rows, of src [M, W] in all panels, and the sums of its columns where
-// wanted.
-FASTSSL_PAIRS inline void pack_piece(const uint16_t* src, int64_t M, int64_t W, int64_t i,
-                                     uint32_t* dst, float* sums) {
+// Rows of src [M, W], kSumRows at most, into all panels, which lie `stride` words apart, and the
+// sums of their columns where wanted.
+FASTSSL_PAIRS inline void pack_piece(const uint16_t* src, int64_t M, int64_t W, Range rows,
+                                     uint32_t* dst, int64_t stride, float* sums) {
   const PairOrder order;
-  const Range rows = block_of(M, i, kSumRows);
-  uint32_t* panel = dst + rows.begin / 2 * kPanel;
-  for (int64_t c = 0; c < W; c += kPanel, panel += panel_words(M)) {
+  for (int64_t c = 0; c < W; c += kPanel, dst += stride) {
     const __mmask32 mask = first_words(W - c);
     __m512 low = _mm512_setzero_ps(), high = low;
-    uint32_t* to = panel;
+    uint32_t* to = dst;
     for (int64_t r = rows.begin; r < rows.end; r += 2, to += kPanel) {
       const uint16_t* from = src + r * W + c;
       const __m512i even = load_words(from, mask);
@@ -284,6 +282,88 @@ struct WeightGradient {
 #pragma GCC unroll 8
         for (int i = 0; i < kTurnRows; ++i) {
           if (n + r + i < N) store(n + r + i, p * kPanel, block.rows[i][0], block.rows[i][1]);
+        }
+      }
+    }
+  }
+};
+
+// The same where C fits the second-level cache and the rows are many: parts of the rows are packed
+// piece by piece and summed apart, and the sums of the parts, whose number depends on the sizes
+// alone, are added up in order.
+struct NarrowWeightGradient {
+  int64_t M, N, K;
+  // Rows that are packed at once; rows of a part at least; parts, and bytes of their sums, at most.
+  static constexpr int64_t kPiece = 128, kLeastRows = 512;
+  static constexpr int64_t kMostParts = 16, kMostBytes = 640 << 10;
+
+  int64_t pieces() const { return (M + kPiece - 1) / kPiece; }
+  int64_t parts() const {
+    int64_t count = 1;
+    while (count < kMostParts && 2 * count * kLeastRows <= M) count *= 2;
+    return count;
+  }
+  int64_t part_sums() const { return panels_of(N) * panels_of(K) * kPanel * kPanel; }
+  bool fits() const { return parts() > 1 && part_sums() * int64_t(sizeof(float)) <= kMostBytes; }
+  // Scratch memory of a thread, in words.
+  int64_t scratch() const { return (panels_of(N) + panels_of(K)) * kStride; }
+
+  // The sums of some parts, and those of dy's columns where wanted.
+  FASTSSL_PAIRS void run(const uint16_t* dy, const uint16_t* x, Range range, uint32_t* scratch,
+                         float* sums, float* column_sums) const {
+    for (int64_t part = range.begin; part < range.end; ++part) {
+      const Range all = part_of(pieces(), part, parts());
+      for (int64_t i = all.begin; i < all.end; ++i) {
+        const Range rows = block_of(M, i, kPiece);
+        for (int64_t r = rows.begin; r < rows.end; r += kSumRows) {
+          const Range few{r, std::min(rows.end, r + kSumRows)};
+          uint32_t* to = scratch + (r - rows.begin) / 2 * kPanel;
+          float* own = column_sums ? column_sums + r / kSumRows * N : nullptr;
+          pack_piece(dy, M, N, few, to, kStride, own);
+          pack_piece(x, M, K, few, to + panels_of(N) * kStride, kStride, nullptr);
+        }
+        add_piece(dy, x, rows, scratch, sums + part * part_sums(), i == all.begin);
+      }
+    }
+  }
+
+  // Rows [32 n, 32 n + 32) of C.
+  template <class Store>
+  FASTSSL_PAIRS void add_up(const float* sums, int64_t n, const Store& store) const {
+    for (int64_t r = n * kPanel; r < std::min(N, (n + 1) * kPanel); ++r) {
+      for (int64_t p = 0; p < panels_of(K); ++p) {
+        const float* from = sums + ((n * panels_of(K) + p) * kPanel + r % kPanel) * kPanel;
+        __m512 low = _mm512_loadu_ps(from), high = _mm512_loadu_ps(from + 16);
+        for (int64_t part = 1; part < parts(); ++part) {
+          from += part_sums();
+          low = _mm512_add_ps(low, _mm512_loadu_ps(from));
+          high = _mm512_add_ps(high, _mm512_loadu_ps(from + 16));
+        }
+        store(r, p * kPanel, low, high);
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kStride = kPiece / 2 * kPanel;
+
+  FASTSSL_PAIRS void add_piece(const uint16_t* dy, const uint16_t* x, Range rows,
+                               const uint32_t* scratch, float* sums, bool first) const {
+    const int64_t pairs = (rows.size() + 1) / 2;
+    // The piece that follows, of the same part or of the next.
+    const int64_t following = std::min(kPiece, M - rows.end);
+    Ahead next_dy(dy + rows.end * N, 0, 1, following * N * 2);
+    Ahead next_x(x + rows.end * K, 0, 1, following * K * 2);
+    next_dy.allow(next_dy.lines());
+    next_x.allow(next_x.lines());
+    for (int64_t n = 0; n < panels_of(N); ++n, scratch += kStride) {
+      for (int64_t p = 0; p < panels_of(K); ++p) {
+        const uint32_t* right = scratch + (panels_of(N) - n + p) * kStride;
+        for (int64_t r = 0; r < kPanel; r += kTurnRows, sums += kTurnRows * kPanel) {
+          DotSums<kTurnRows, 2, true> block;
+          first ? block.clear() : block.load(sums, kPanel);
+          block.multiply(scratch + r, kPanel, right, kPanel, pairs, r % 16 ? next_x : next_dy);
+          block.store(sums, kPanel);
         }
       }
     }

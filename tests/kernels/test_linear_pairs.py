@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(
 )
 CSRC = torch.ops.fastssl_csrc
 # M, N, K: a row, less and more than a block of rows; whole and broken panels; a depth of several
-# turns; rows enough for several parts and chunks; no rows.
+# turns; rows enough for several parts and chunks, also of a narrow weight's gradient; no rows.
 SHAPES = [
     *((1, 2, 2), (13, 30, 34), (15, 32, 64), (29, 66, 100), (97, 288, 96), (33, 144, 1602)),
     *((1100, 34, 38), (400, 96, 770), (65, 1538, 48), (0, 32, 64), (517, 20, 900)),
@@ -68,7 +68,9 @@ def test_products_against_float64(shape, weight_dtype, out_dtype, threads):
 
 
 @pytest.mark.parametrize("out_dtype", TYPES, ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES, (31, 7, 3), (5, 1, 1), (385, 33, 130)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [*SHAPES, (31, 7, 3), (5, 1, 1), (385, 33, 130), (2083, 70, 129)], ids=str
+)
 def test_weight_gradient_against_float64(shape, out_dtype, threads):
     x, dy, weight, _ = operands(shape, out_dtype)
     for wants_sums in (True, False):
@@ -83,7 +85,7 @@ def test_weight_gradient_against_float64(shape, out_dtype, threads):
             assert_close(sums, dy.double().sum(0), torch.float32)
 
 
-@pytest.mark.parametrize("shape", [(400, 96, 770), (1100, 34, 38), (97, 288, 96)], ids=str)
+@pytest.mark.parametrize("shape", [(400, 96, 770), (2083, 70, 130), (97, 288, 96)], ids=str)
 def test_results_do_not_depend_on_threads(shape):
     x, dy, weight, bias = operands(shape, torch.float32)
     results = []
