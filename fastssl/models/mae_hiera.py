@@ -77,6 +77,8 @@ class MaskedAutoencoderHiera(Hiera):
         norm_pix_loss: bool = True,
         **kwargs,
     ) -> None:
+        if decoder_depth < 1:
+            raise ValueError(f"decoder_depth must be at least 1, got {decoder_depth}")
         norm_layer = norm_layer_of(norm_layer)
         shared = {"in_chans": in_chans, "patch_stride": patch_stride, "mlp_ratio": mlp_ratio}
         super().__init__(norm_layer=norm_layer, **kwargs | shared | {"num_classes": 0})
@@ -175,18 +177,10 @@ class MaskedAutoencoderHiera(Hiera):
 
         `latent` [B, K * t, D] are the first K units of `ids_restore` [B, U]; `size` is the input's.
         """
-        layout, grid = self.layouts[-1], self._final_grid(size)
-        # A unit's rank becomes its tokens' ranks, which puts them at their places in the image.
-        local = torch.arange(layout.num_tokens, device=ids_restore.device, dtype=ids_restore.dtype)
-        ids = ids_restore.unsqueeze(2) * layout.num_tokens + local
-        ids = layout.reroll(ids.view(len(ids), -1, 1), grid).flatten(1)
-        pos_embed = interpolate_pos_embed(
-            self.decoder_pos_embed, self.tokens_spatial_shape_final, grid
-        )
-        x = functional.masked_scatter(self.decoder_embed(latent), self.mask_token, ids, pos_embed)
+        x, visible = self._decoder_input(latent, ids_restore, size)
         for block in self.decoder_blocks:
             x = self.run_block(block, x)
-        return self.decoder_pred(layer_norm(self.decoder_norm, x)), ids < latent.shape[1]
+        return self._pixels(x), visible
 
     def predict(
         self,
@@ -226,22 +220,26 @@ class MaskedAutoencoderHiera(Hiera):
         """
         ids_keep, ids_restore = self._choose_units(x, mask_ratio, mask, noise)
         latent = self.forward_encoder(x, ids_keep)
-        pred, visible = self.forward_decoder(latent, ids_restore, x.shape[2:])
+        y, visible = self._decoder_input(latent, ids_restore, x.shape[2:])
+        # Every row removes as many tokens; a stable order of 0 and 1 lists them, the removed first.
+        num_removed = y.shape[1] - latent.shape[1]
+        ids_removed, ranks, _ = functional.random_masking(visible.float(), num_removed)
+        # Nobody asks for the visible ones' pixels.
+        *blocks, last = self.decoder_blocks
+        for block in blocks:
+            y = self.run_block(block, y)
+        preds = self._pixels(self.run_block(last, y, ids_removed, ranks))
         is_clip = x.dim() == 5
         loss = functional.masked_patch_mse(
-            pred,
+            functional.masked_scatter(preds, preds.new_zeros(preds.shape[2]), ranks),
             self._first_frames(x),
             ~visible,
             patch_size=(1, *self.pred_size[1:]) if is_clip else self.pred_size,
             norm_pix_loss=self.norm_pix_loss,
             patch_layout="hwc" if is_clip else "chw",
         )
-        # Every row removes as many tokens; a stable order of 0 and 1 lists them, the removed first.
-        num_removed = pred.shape[1] - latent.shape[1]
-        ids_removed, _, _ = functional.random_masking(visible.float(), num_removed)
-        preds = functional.masked_gather(pred, ids_removed).flatten(0, 1)
         labels = self._labels(x, ids_removed) if return_labels else None
-        return loss, preds, labels, ids_restore < ids_keep.shape[1]
+        return loss, preds.flatten(0, 1), labels, ids_restore < ids_keep.shape[1]
 
     def features(self, images: Tensor) -> Tensor:
         """Image features [B, D] for frozen evaluation: the mean of the normed, fused tokens."""
@@ -269,6 +267,24 @@ class MaskedAutoencoderHiera(Hiera):
             )
         ids_keep, ids_restore, _ = functional.random_masking(noise, len_keep)
         return ids_keep, ids_restore
+
+    def _decoder_input(
+        self, latent: Tensor, ids_restore: Tensor, size: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens [B, N, D'] in the order of the image, and which of them are visible [B, N]."""
+        layout, grid = self.layouts[-1], self._final_grid(size)
+        # A unit's rank becomes its tokens' ranks, which puts them at their places in the image.
+        local = torch.arange(layout.num_tokens, device=ids_restore.device, dtype=ids_restore.dtype)
+        ids = ids_restore.unsqueeze(2) * layout.num_tokens + local
+        ids = layout.reroll(ids.view(len(ids), -1, 1), grid).flatten(1)
+        pos_embed = interpolate_pos_embed(
+            self.decoder_pos_embed, self.tokens_spatial_shape_final, grid
+        )
+        x = functional.masked_scatter(self.decoder_embed(latent), self.mask_token, ids, pos_embed)
+        return x, ids < latent.shape[1]
+
+    def _pixels(self, x: Tensor) -> Tensor:
+        return self.decoder_pred(layer_norm(self.decoder_norm, x))
 
     def _labels(self, x: Tensor, ids: Tensor) -> Tensor:
         labels = functional.masked_gather(self.patchify(x), ids).flatten(0, 1)

@@ -103,6 +103,9 @@ class MaskUnitAttention(nn.Module):
     [B, N, dim] -> [B, N / q_stride, dim_out], tokens in the order of `UnitLayout`. `q_stride` is
     the flattened pooling stride (2 x 2 = 4) and `window_size` the number of a unit's tokens AFTER
     pooling. Keys: qkv, proj.
+
+    `forward` may name the rows of the result that are wanted, `ids` [B, K], with `ids_restore` as
+    of `functional.masked_gather`: [B, K, dim_out].
     """
 
     def __init__(
@@ -129,7 +132,9 @@ class MaskUnitAttention(nn.Module):
         self.qkv = Linear(dim, 3 * dim_out)
         self.proj = Linear(dim_out, dim_out)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, ids: Tensor | None = None, ids_restore: Tensor | None = None
+    ) -> Tensor:
         unit_size = self.q_stride * self.window_size if self.use_mask_unit_attn else None
         qkv, q_stride = self.qkv(x), self.q_stride
         if q_stride > 1 and unit_size is None:
@@ -137,15 +142,21 @@ class MaskUnitAttention(nn.Module):
             # of keys does not matter.
             groups = qkv.unflatten(1, (-1, q_stride, self.window_size))
             qkv = groups.transpose(1, 2).flatten(1, 3)
-        return self.proj(self_attention(qkv, self.heads, unit_size=unit_size, q_stride=q_stride))
+        x = self_attention(qkv, self.heads, unit_size=unit_size, q_stride=q_stride)
+        return self.proj(_wanted(x, ids, ids_restore))
+
+
+def _wanted(x: Tensor, ids: Tensor | None, ids_restore: Tensor | None) -> Tensor:
+    return x if ids is None else functional.masked_gather(x, ids, ids_restore=ids_restore)
 
 
 class HieraBlock(nn.Module):
     """Pre-norm transformer block: [B, N, dim] -> [B, N / q_stride, dim_out].
 
     Where the width changes, the residual is a projection of the normed input; with `q_stride` > 1
-    it is pooled as the queries are. Arguments as MaskUnitAttention. Keys: norm1, attn, norm2, mlp,
-    proj.
+    it is pooled as the queries are. Arguments as MaskUnitAttention, those of `forward` too: tokens
+    that nobody wants are keys and values of the others, and nothing more is computed for them.
+    Keys: norm1, attn, norm2, mlp, proj.
     """
 
     def __init__(
@@ -171,7 +182,9 @@ class HieraBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
         self.proj = Linear(dim, dim_out) if dim != dim_out else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, ids: Tensor | None = None, ids_restore: Tensor | None = None
+    ) -> Tensor:
         x_norm = layer_norm(self.norm1, x)
         if self.proj is not None:
             x = self.proj(x_norm)
@@ -182,6 +195,8 @@ class HieraBlock(nn.Module):
         drop_path = self.drop_path
         if drop_path.num_kept(x.shape[0]) < x.shape[0]:
             x = drop_path.add_branch(x, x_norm, self.attn)
+            x = _wanted(x, ids, ids_restore)
             return drop_path.add_branch(x, x, lambda y: self.mlp(layer_norm(self.norm2, y)))
-        x, y = add_layer_norm(self.norm2, x, self.attn(x_norm), scale=drop_path.draw(x))
+        x, y = _wanted(x, ids, ids_restore), self.attn(x_norm, ids, ids_restore)
+        x, y = add_layer_norm(self.norm2, x, y, scale=drop_path.draw(x))
         return x + drop_path(self.mlp(y))

@@ -349,6 +349,8 @@ def test_bf16_autocast_keeps_the_loss_in_float32():
 def test_refuses_bad_arguments():
     model, images = small(), torch.randn(2, 3, 64, 64)
     mask = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 0]]).bool()
+    with pytest.raises(ValueError, match="decoder_depth must be at least 1, got 0"):
+        small(decoder_depth=0)
     with pytest.raises(ValueError, match=r"divisible by 32 x 32 .*, got 64 x 80"):
         model(torch.randn(1, 3, 64, 80))
     for mask_ratio in (0.0, 0.8, 1.0, -0.5):

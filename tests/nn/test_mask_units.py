@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastssl.functional import mask_unit_pool
+from fastssl.functional import mask_unit_pool, random_masking
 from fastssl.nn import sdpa
-from fastssl.nn.mask_units import MaskUnitAttention, UnitLayout
+from fastssl.nn.mask_units import HieraBlock, MaskUnitAttention, UnitLayout
 
 LAYOUTS = [
     UnitLayout((8, 8), (2, 2), 3),
@@ -124,3 +124,26 @@ def test_more_windows_than_a_grid_dimension(monkeypatch):
     expected = F.scaled_dot_product_attention(q, k, v)
     monkeypatch.setattr(sdpa, "MAX_BATCH", 3)
     torch.testing.assert_close(sdpa.attend(q, k, v), expected)
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.3, 0.7])
+@pytest.mark.parametrize("q_stride", [1, 4])
+def test_wanted_tokens_are_those_of_the_whole_block(q_stride, drop_path):
+    block = HieraBlock(12, 12 * q_stride, 2, drop_path=drop_path, q_stride=q_stride, window_size=4)
+    x = torch.randn(4, 32, 12, requires_grad=True)
+    ids, ids_restore, _ = random_masking(torch.rand(4, 32 // q_stride), 3)
+    parameters = [x, *block.parameters()]
+    seed = torch.randint(1000, ()).item()
+    torch.manual_seed(seed)
+    whole = block(x)
+    expected = whole.gather(1, ids.long().unsqueeze(2).expand(-1, -1, whole.shape[2]))
+    torch.manual_seed(seed)
+    y = block(x, ids, ids_restore)
+    torch.testing.assert_close(y, expected)
+    dy = torch.randn_like(y)
+    for actual, wanted in zip(
+        torch.autograd.grad(y, parameters, dy),
+        torch.autograd.grad(expected, parameters, dy),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
