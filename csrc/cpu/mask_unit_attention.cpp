@@ -252,10 +252,15 @@ FASTSSL_PAIRS void run_pairs(const Geometry& g, const uint16_t* dout, const uint
   for (int64_t i = tasks.begin; i < tasks.end; ++i) {
     const Task task = task_of(g, num_units, i);
     if (i + 1 < tasks.end) {
+      // What the next task reads, and what it writes.
       const Task next = task_of(g, num_units, i + 1);
-      pairs::prefetch(g, tokens + next.token, next.units * g.unit_size, g.token_stride(), 3);
+      const int64_t rows = next.units * g.unit_size, queries = next.units * g.unit_queries();
+      pairs::prefetch(g, tokens + next.token, rows, g.token_stride(), 3);
       if (dout) {
-        pairs::prefetch(g, dout + next.query, next.units * g.unit_queries(), g.dim(), 1);
+        pairs::prefetch(g, dout + next.query, queries, g.dim(), 1);
+        pairs::prefetch(g, out + next.token, rows, g.token_stride(), 3);
+      } else {
+        pairs::prefetch(g, out + next.query, queries, g.dim(), 1);
       }
     }
     if (dout) {
