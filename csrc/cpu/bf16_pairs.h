@@ -206,8 +206,8 @@ FASTSSL_PAIRS inline void dot_rows(int64_t count, const uint32_t* a, int64_t lda
   }
 }
 
-// The number of rows that cuts M rows into the fewest and most equal blocks of `most` at most, both
-// even.
+// The even number of rows that cuts M rows into the fewest and most equal blocks of `most` at most,
+// which is even.
 inline int64_t even_block(int64_t M, int64_t most) {
   const int64_t blocks = std::max<int64_t>((M + most - 1) / most, 1);
   return round_up((M + blocks - 1) / blocks, 2);

@@ -4,8 +4,8 @@
 //
 // A product's right operand is packed into panels of 32 columns: [depth / 2, 32] pairs, two
 // consecutive rows of one column making a 32-bit word, zeros in the columns past its end and in the
-// row that an odd depth lacks. Each element of the result is summed by one thread in an order of
-// its own, whatever the number of threads.
+// row that an odd depth lacks. Each element of the result is summed in an order that depends on the
+// sizes alone, not on the number of threads.
 #pragma once
 
 #include "bf16_pairs.h"
@@ -64,7 +64,10 @@ struct Out {
   // Brings the line closer while its sums are on their way: rows that lie 4,096 bytes apart share
   // one set of the first-level cache, and the stores would wait for each other there.
   FASTSSL_PAIRS FASTSSL_INLINE void fetch(int64_t m, int64_t n) const {
-    _mm_prefetch(reinterpret_cast<const char*>(data + m * N + n), _MM_HINT_T1);
+    const auto* to = reinterpret_cast<const char*>(data + m * N + n);
+    for (int64_t i = 0; i < kPanel * int64_t(sizeof(T)); i += 64) {
+      _mm_prefetch(to + i, _MM_HINT_T1);
+    }
   }
   FASTSSL_PAIRS void operator()(int64_t m, int64_t n, __m512 low, __m512 high) const {
     const __mmask32 mask = first_words(N - n);
@@ -218,12 +221,13 @@ struct Product {
 constexpr int kTurnRows = 8;
 constexpr int64_t kTurn = 384;
 
-// Rows of src [M, W], kSumRows at most, into all panels, which lie `stride` words apart, and the
+// Rows of src [M, W], kSumRows at most, into some panels, which lie `stride` words apart, and the
 // sums of their columns where wanted.
 FASTSSL_PAIRS inline void pack_piece(const uint16_t* src, int64_t M, int64_t W, Range rows,
-                                     uint32_t* dst, int64_t stride, float* sums) {
+                                     Range panels, uint32_t* dst, int64_t stride, float* sums) {
   const PairOrder order;
-  for (int64_t c = 0; c < W; c += kPanel, dst += stride) {
+  for (int64_t p = panels.begin; p < panels.end; ++p, dst += stride) {
+    const int64_t c = p * kPanel;
     const __mmask32 mask = first_words(W - c);
     __m512 low = _mm512_setzero_ps(), high = low;
     uint32_t* to = dst;
@@ -298,39 +302,43 @@ struct WeightGradient {
 
 // The same where C fits the second-level cache and the rows are many: parts of the rows are packed
 // piece by piece and summed apart, and the sums of the parts, whose number depends on the sizes
-// alone, are added up in order.
+// alone, are added up in order. A task is a part and, where threads outnumber the parts, one of
+// `groups` of dy's panels.
 struct NarrowWeightGradient {
-  int64_t M, N, K;
-  // Rows that are packed at once; rows of a part at least; parts, and bytes of their sums, at most.
-  static constexpr int64_t kPiece = 128, kLeastRows = 512;
-  static constexpr int64_t kMostParts = 16, kMostBytes = 640 << 10;
+  int64_t M, N, K, parts = 1, groups = 1;
 
-  int64_t pieces() const { return (M + kPiece - 1) / kPiece; }
-  int64_t parts() const {
-    int64_t count = 1;
-    while (count < kMostParts && 2 * count * kLeastRows <= M) count *= 2;
-    return count;
+  NarrowWeightGradient(int64_t rows, int64_t outputs, int64_t inputs, int64_t num_threads)
+      : M(rows), N(outputs), K(inputs) {
+    while (parts < kMostParts && 2 * parts * kLeastRows <= M) parts *= 2;
+    groups = std::max<int64_t>(std::min(panels_of(N), (num_threads + parts - 1) / parts), 1);
   }
+  int64_t tasks() const { return parts * groups; }
   int64_t part_sums() const { return panels_of(N) * panels_of(K) * kPanel * kPanel; }
-  bool fits() const { return parts() > 1 && part_sums() * int64_t(sizeof(float)) <= kMostBytes; }
+  bool fits() const { return parts > 1 && part_sums() * int64_t(sizeof(float)) <= kMostBytes; }
   // Scratch memory of a thread, in words.
-  int64_t scratch() const { return (panels_of(N) + panels_of(K)) * kStride; }
+  int64_t scratch() const {
+    return ((panels_of(N) + groups - 1) / groups + panels_of(K)) * kStride;
+  }
 
-  // The sums of some parts, and those of dy's columns where wanted.
+  // The sums of some tasks, and those of dy's columns, per kSumRows rows, where wanted.
   FASTSSL_PAIRS void run(const uint16_t* dy, const uint16_t* x, Range range, uint32_t* scratch,
                          float* sums, float* column_sums) const {
-    for (int64_t part = range.begin; part < range.end; ++part) {
-      const Range all = part_of(pieces(), part, parts());
-      for (int64_t i = all.begin; i < all.end; ++i) {
+    for (int64_t task = range.begin; task < range.end; ++task) {
+      const int64_t part = task / groups;
+      const Range panels = part_of(panels_of(N), task % groups, groups);
+      const Range pieces = part_of((M + kPiece - 1) / kPiece, part, parts);
+      float* own = sums + part * part_sums() + panels.begin * panels_of(K) * kPanel * kPanel;
+      for (int64_t i = pieces.begin; i < pieces.end; ++i) {
         const Range rows = block_of(M, i, kPiece);
         for (int64_t r = rows.begin; r < rows.end; r += kSumRows) {
           const Range few{r, std::min(rows.end, r + kSumRows)};
           uint32_t* to = scratch + (r - rows.begin) / 2 * kPanel;
-          float* own = column_sums ? column_sums + r / kSumRows * N : nullptr;
-          pack_piece(dy, M, N, few, to, kStride, own);
-          pack_piece(x, M, K, few, to + panels_of(N) * kStride, kStride, nullptr);
+          pack_piece(dy, M, N, few, panels, to, kStride,
+                     column_sums ? column_sums + r / kSumRows * N : nullptr);
+          pack_piece(x, M, K, few, {0, panels_of(K)}, to + panels.size() * kStride, kStride,
+                     nullptr);
         }
-        add_piece(dy, x, rows, scratch, sums + part * part_sums(), i == all.begin);
+        add_piece(dy, x, rows, panels, scratch, own, i == pieces.begin);
       }
     }
   }
@@ -342,7 +350,7 @@ struct NarrowWeightGradient {
       for (int64_t p = 0; p < panels_of(K); ++p) {
         const float* from = sums + ((n * panels_of(K) + p) * kPanel + r % kPanel) * kPanel;
         __m512 low = _mm512_loadu_ps(from), high = _mm512_loadu_ps(from + 16);
-        for (int64_t part = 1; part < parts(); ++part) {
+        for (int64_t part = 1; part < parts; ++part) {
           from += part_sums();
           low = _mm512_add_ps(low, _mm512_loadu_ps(from));
           high = _mm512_add_ps(high, _mm512_loadu_ps(from + 16));
@@ -353,24 +361,29 @@ struct NarrowWeightGradient {
   }
 
  private:
+  // Rows that are packed at once; rows of a part at least; parts, and bytes of their sums, at most.
+  static constexpr int64_t kPiece = 128, kLeastRows = 512;
+  static constexpr int64_t kMostParts = 16, kMostBytes = 640 << 10;
   static constexpr int64_t kStride = kPiece / 2 * kPanel;
 
-  FASTSSL_PAIRS void add_piece(const uint16_t* dy, const uint16_t* x, Range rows,
+  FASTSSL_PAIRS void add_piece(const uint16_t* dy, const uint16_t* x, Range rows, Range panels,
                                const uint32_t* scratch, float* sums, bool first) const {
-    const int64_t pairs = (rows.size() + 1) / 2;
-    // The piece that follows, of the same part or of the next.
+    const int64_t pairs = (rows.size() + 1) / 2, begin = panels.begin * kPanel;
+    const uint32_t* right = scratch + panels.size() * kStride;
+    // The rows that follow.
     const int64_t following = std::min(kPiece, M - rows.end);
-    Ahead next_dy(dy + rows.end * N, 0, 1, following * N * 2);
+    const int64_t width = std::min(N, panels.end * kPanel) - begin;
+    Ahead next_dy(dy + rows.end * N + begin, N * 2, following, width * 2);
     Ahead next_x(x + rows.end * K, 0, 1, following * K * 2);
     next_dy.allow(next_dy.lines());
     next_x.allow(next_x.lines());
-    for (int64_t n = 0; n < panels_of(N); ++n, scratch += kStride) {
+    for (int64_t n = 0; n < panels.size(); ++n, scratch += kStride) {
       for (int64_t p = 0; p < panels_of(K); ++p) {
-        const uint32_t* right = scratch + (panels_of(N) - n + p) * kStride;
         for (int64_t r = 0; r < kPanel; r += kTurnRows, sums += kTurnRows * kPanel) {
           DotSums<kTurnRows, 2, true> block;
           first ? block.clear() : block.load(sums, kPanel);
-          block.multiply(scratch + r, kPanel, right, kPanel, pairs, r % 16 ? next_x : next_dy);
+          block.multiply(scratch + r, kPanel, right + p * kStride, kPanel, pairs,
+                         r % 16 ? next_x : next_dy);
           block.store(sums, kPanel);
         }
       }

@@ -113,13 +113,13 @@ template <class Store>
 void narrow_weight_gradient(const pairs::NarrowWeightGradient& plan, const Tensor& dy,
                             const Tensor& x, float* column_sums, int64_t num_threads,
                             const Store& store) {
-  const int64_t workers = std::min(plan.parts(), num_threads);
-  const Scratch<float> sums(x, plan.parts() * plan.part_sums());
+  const int64_t tasks = plan.tasks(), workers = std::min(tasks, num_threads);
+  const Scratch<float> sums(x, plan.parts * plan.part_sums());
   const Scratch<uint32_t> scratch(x, workers * plan.scratch());
   const auto *dy_ptr = input<uint16_t>(dy), *x_ptr = input<uint16_t>(x);
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t w = begin; w < end; ++w) {
-      plan.run(dy_ptr, x_ptr, part_of(plan.parts(), w, workers), scratch.data + w * plan.scratch(),
+      plan.run(dy_ptr, x_ptr, part_of(tasks, w, workers), scratch.data + w * plan.scratch(),
                sums.data, column_sums);
     }
   });
@@ -133,7 +133,7 @@ template <class Store>
 void weight_gradient(const Tensor& dy, const Tensor& x, float* column_sums, int64_t num_threads,
                      const Store& store) {
   const int64_t M = dy.size(0), N = dy.size(1), K = x.size(1);
-  const pairs::NarrowWeightGradient narrow{M, N, K};
+  const pairs::NarrowWeightGradient narrow(M, N, K, num_threads);
   if (narrow.fits()) return narrow_weight_gradient(narrow, dy, x, column_sums, num_threads, store);
   const pairs::WeightGradient plan{M, N, K};
   const int64_t words = pairs::panel_words(M), dy_words = pairs::panels_of(N) * words;
@@ -145,8 +145,9 @@ void weight_gradient(const Tensor& dy, const Tensor& x, float* column_sums, int6
     for (int64_t i = begin; i < end; ++i) {
       const Range rows = block_of(M, i, kSumRows);
       uint32_t* to = packed + rows.begin / 2 * pairs::kPanel;
-      pairs::pack_piece(dy_ptr, M, N, rows, to, words, column_sums ? column_sums + i * N : nullptr);
-      pairs::pack_piece(x_ptr, M, K, rows, to + dy_words, words, nullptr);
+      pairs::pack_piece(dy_ptr, M, N, rows, {0, pairs::panels_of(N)}, to, words,
+                        column_sums ? column_sums + i * N : nullptr);
+      pairs::pack_piece(x_ptr, M, K, rows, {0, pairs::panels_of(K)}, to + dy_words, words, nullptr);
     }
   });
   const int64_t tasks = plan.tasks(), workers = std::min(tasks, num_threads);

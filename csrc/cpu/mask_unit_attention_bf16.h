@@ -34,8 +34,8 @@ inline int64_t group_of(int64_t unit_size) {
   return std::max<int64_t>(1, (least + unit_size - 1) / unit_size);
 }
 
-// The operands of one group and head, padded to multiples of 32, one behind the other in scratch
-// memory.
+// The operands of one group and head, one behind the other in scratch memory. Sizes are multiples
+// of 32; what is filled and read is as `Sizes` says.
 struct Buffers {
   int64_t queries, keys, width;                        // padded to multiples of 32
   uint16_t *q, *dout;                                  // rows [queries, width], unless in place
@@ -43,7 +43,8 @@ struct Buffers {
   uint32_t *q_pairs, *k_pairs, *v_pairs, *dout_pairs;  // pairs of rows
   uint16_t *p_transposed, *ds_transposed;              // [keys, queries], for tiles
   uint8_t* argmax;                                     // [queries, width]
-  float *scores, *dp, *product;                        // [32, keys], [32, keys], [32, width]
+  float *scores, *dp;                                  // [32, keys]
+  float* product;                                      // [32, width], of tiles or pooled queries
   uint16_t *p, *ds;                                    // [32, keys]
   uint32_t *p_pairs, *ds_pairs;  // [16, keys], or for dots [queries / 2, keys]
 };

@@ -178,9 +178,7 @@ class MaskedAutoencoderHiera(Hiera):
         `latent` [B, K * t, D] are the first K units of `ids_restore` [B, U]; `size` is the input's.
         """
         x, visible = self._decoder_input(latent, ids_restore, size)
-        for block in self.decoder_blocks:
-            x = self.run_block(block, x)
-        return self._pixels(x), visible
+        return self._decode(x), visible
 
     def predict(
         self,
@@ -224,11 +222,7 @@ class MaskedAutoencoderHiera(Hiera):
         # Every row removes as many tokens; a stable order of 0 and 1 lists them, the removed first.
         num_removed = y.shape[1] - latent.shape[1]
         ids_removed, ranks, _ = functional.random_masking(visible.float(), num_removed)
-        # Nobody asks for the visible ones' pixels.
-        *blocks, last = self.decoder_blocks
-        for block in blocks:
-            y = self.run_block(block, y)
-        preds = self._pixels(self.run_block(last, y, ids_removed, ranks))
+        preds = self._decode(y, ids_removed, ranks)
         is_clip = x.dim() == 5
         loss = functional.masked_patch_mse(
             functional.masked_scatter(preds, preds.new_zeros(preds.shape[2]), ranks),
@@ -283,7 +277,12 @@ class MaskedAutoencoderHiera(Hiera):
         x = functional.masked_scatter(self.decoder_embed(latent), self.mask_token, ids, pos_embed)
         return x, ids < latent.shape[1]
 
-    def _pixels(self, x: Tensor) -> Tensor:
+    def _decode(self, x: Tensor, *wanted: Tensor) -> Tensor:
+        """Pixels of the `wanted` (ids and ids_restore, as HieraBlock) of the tokens, or of all."""
+        *blocks, last = self.decoder_blocks
+        for block in blocks:
+            x = self.run_block(block, x)
+        x = self.run_block(last, x, *wanted)
         return self.decoder_pred(layer_norm(self.decoder_norm, x))
 
     def _labels(self, x: Tensor, ids: Tensor) -> Tensor:

@@ -154,9 +154,9 @@ class HieraBlock(nn.Module):
     """Pre-norm transformer block: [B, N, dim] -> [B, N / q_stride, dim_out].
 
     Where the width changes, the residual is a projection of the normed input; with `q_stride` > 1
-    it is pooled as the queries are. Arguments as MaskUnitAttention, those of `forward` too: tokens
-    that nobody wants are keys and values of the others, and nothing more is computed for them.
-    Keys: norm1, attn, norm2, mlp, proj.
+    it is pooled as the queries are. Arguments as MaskUnitAttention, those of `forward` too: all
+    tokens attend and are attended to; the projection behind it, norm2 and the MLP are computed for
+    the wanted ones. Keys: norm1, attn, norm2, mlp, proj.
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -27,6 +28,9 @@ from fastssl.training.start import start_from
 
 # What may be called from outside a sharded method, besides forward.
 FORWARD_METHODS = ("features", "reconstruct")
+# How often torch may compile the code of a block: once per kind of block that shares it, with and
+# without gradients. Past torch's own 8 it would run the others uncompiled.
+MAX_COMPILED_KINDS = 64
 # Schedules that the loop itself applies.
 _OF_THE_OPTIMIZER = ("lr", "weight_decay", "last_layer_lr")
 
@@ -210,8 +214,7 @@ def method_and_optimizer(
         )
     if config.train.compile:
         # FSDP's hooks stand between the blocks: there, each is compiled by itself.
-        for module in [method] if world.size == 1 else distributed.blocks(method):
-            module.compile()
+        compile_each([method] if world.size == 1 else distributed.blocks(method))
     if world.size > 1:
         distributed.shard(
             method,
@@ -226,6 +229,14 @@ def method_and_optimizer(
     # What still draws from the global generators (stochastic depth) differs between ranks.
     _seed(config.seed + 1 + world.rank)
     return method, optimizer
+
+
+def compile_each(modules: Iterable[nn.Module], **options: Any) -> None:
+    """Compile modules in place; `options` as of torch.compile."""
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, MAX_COMPILED_KINDS)
+    for module in modules:
+        module.compile(**options)
 
 
 def _whole_method(config: Config, world: World, train_set: PretrainingCrops) -> Method:

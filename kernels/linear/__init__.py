@@ -18,8 +18,9 @@ dbias.
 
 FLOPs: 2 MNK forward, 4 MNK backward. Saved for backward: x in the product's dtype, and weight
 likewise or, with the library's own products, as it is. Peak extra memory: on cpp backward holds x
-and dy once more (own products), or dweight, the smaller of x and dy and, where x has another dtype,
-dx in the product's dtype; on both, dbias takes partial sums, N floats per 32 rows on cpp.
+and dy once more (own products; instead 10 MB at most for a narrow weight and 1,024 rows or more),
+or dweight, the smaller of x and dy and, where x has another dtype, dx in the product's dtype; on
+both, dbias takes partial sums, N floats per 32 rows on cpp.
 """
 
 from fastssl.kernels.linear.op import linear

@@ -18,6 +18,12 @@ SHAPES = [
     *((1, 2, 2), (13, 30, 34), (15, 32, 64), (29, 66, 100), (97, 288, 96), (33, 144, 1602)),
     *((1100, 34, 38), (400, 96, 770), (65, 1538, 48), (0, 32, 64), (517, 20, 900)),
 ]
+# Weights whose gradient is summed in parts of the rows: whole lines stored past the caches and
+# not, the least rows and one less, most parts with a last row of its own, most columns and more.
+NARROW = [
+    *((2083, 70, 129), (1024, 64, 96), (1023, 64, 96), (8193, 5, 32)),
+    *((1031, 512, 320), (1031, 512, 352)),
+]
 TYPES = [torch.float32, torch.bfloat16]
 
 
@@ -69,7 +75,7 @@ def test_products_against_float64(shape, weight_dtype, out_dtype, threads):
 
 @pytest.mark.parametrize("out_dtype", TYPES, ids=str)
 @pytest.mark.parametrize(
-    "shape", [*SHAPES, (31, 7, 3), (5, 1, 1), (385, 33, 130), (2083, 70, 129)], ids=str
+    "shape", [*SHAPES, *NARROW, (31, 7, 3), (5, 1, 1), (385, 33, 130)], ids=str
 )
 def test_weight_gradient_against_float64(shape, out_dtype, threads):
     x, dy, weight, _ = operands(shape, out_dtype)
@@ -85,18 +91,21 @@ def test_weight_gradient_against_float64(shape, out_dtype, threads):
             assert_close(sums, dy.double().sum(0), torch.float32)
 
 
-@pytest.mark.parametrize("shape", [(400, 96, 770), (2083, 70, 130), (97, 288, 96)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(400, 96, 770), (2083, 70, 130), (97, 288, 96), (8193, 64, 64)], ids=str
+)
 def test_results_do_not_depend_on_threads(shape):
     x, dy, weight, bias = operands(shape, torch.float32)
     results = []
-    for threads in (1, 2, 5):
-        dweight = torch.empty_like(weight)
-        CSRC.linear_weight_gradient(dy, x, None, None, threads, dweight)
+    for threads in (1, 2, 5, 40):
+        dweight, sums = torch.empty_like(weight), torch.empty_like(bias)
+        CSRC.linear_weight_gradient(dy, x, products.new_parts(dy), sums, threads, dweight)
         results.append(
             (
                 product(x, weight, False, bias, threads, torch.bfloat16),
                 product(dy, weight, True, None, threads, torch.float32),
                 dweight,
+                sums,
             )
         )
     for other in results[1:]:

@@ -7,6 +7,7 @@ all the same, and stage 3, not pooled behind, is the one that the decoder does n
 """
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -104,13 +105,23 @@ def test_mask_is_one_where_kept_and_the_rest_is_predicted(kwargs):
     again = model(x, mask=mask, return_labels=True)
     torch.testing.assert_close(again, (loss, preds, labels, mask))
     pred, visible = model.predict(x, 0.5, noise=noise)
-    assert torch.equal(preds, pred[~visible])
+    torch.testing.assert_close(preds, pred[~visible])
     target = model.patchify(x)[~visible]
     if model.norm_pix_loss:
         std, mean = torch.std_mean(target, dim=1, keepdim=True)
         target = (target - mean) / (std**2 + 1e-6) ** 0.5
     torch.testing.assert_close(labels, target)
     torch.testing.assert_close(loss, (preds - labels).square().mean())
+
+
+def test_the_last_block_goes_on_with_the_removed_tokens():
+    model, rows = small(), []
+    for module in (model.decoder_blocks[-1].attn.proj, model.decoder_blocks[-1].mlp):
+        module.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[1]))
+    model.decoder_pred.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[1]))
+    model(torch.randn(2, 3, *SMALL["input_size"]), 0.75)
+    num_tokens = math.prod(model.tokens_spatial_shape_final)
+    assert rows == [num_tokens * 3 // 4] * 3
 
 
 def test_removed_pixels_change_the_loss_only():

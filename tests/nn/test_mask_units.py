@@ -126,10 +126,12 @@ def test_more_windows_than_a_grid_dimension(monkeypatch):
     torch.testing.assert_close(sdpa.attend(q, k, v), expected)
 
 
-@pytest.mark.parametrize("drop_path", [0.0, 0.3, 0.7])
+@pytest.mark.parametrize("drop_path", [0.0, 0.1, 0.7])
+@pytest.mark.parametrize("in_units", [False, True])
 @pytest.mark.parametrize("q_stride", [1, 4])
-def test_wanted_tokens_are_those_of_the_whole_block(q_stride, drop_path):
-    block = HieraBlock(12, 12 * q_stride, 2, drop_path=drop_path, q_stride=q_stride, window_size=4)
+def test_wanted_tokens_are_those_of_the_whole_block(q_stride, in_units, drop_path):
+    kwargs = {"q_stride": q_stride, "window_size": 4, "use_mask_unit_attn": in_units}
+    block = HieraBlock(12, 12 * q_stride, 2, drop_path=drop_path, **kwargs)
     x = torch.randn(4, 32, 12, requires_grad=True)
     ids, ids_restore, _ = random_masking(torch.rand(4, 32 // q_stride), 3)
     parameters = [x, *block.parameters()]
@@ -138,7 +140,7 @@ def test_wanted_tokens_are_those_of_the_whole_block(q_stride, drop_path):
     whole = block(x)
     expected = whole.gather(1, ids.long().unsqueeze(2).expand(-1, -1, whole.shape[2]))
     torch.manual_seed(seed)
-    y = block(x, ids, ids_restore)
+    y = block(x, ids, ids_restore if in_units else None)
     torch.testing.assert_close(y, expected)
     dy = torch.randn_like(y)
     for actual, wanted in zip(
