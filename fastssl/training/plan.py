@@ -90,6 +90,10 @@ class BlockRun:
         after = self.dim_out * (stream + 2 * compute) + 8 + 4 * self.num_heads
         after += self.hidden * compute + self.pools * self.dim_out
         after += 2 * self.scales * self.dim_out * compute
+        if self.rows_out < self.rows_in and not self.pools:
+            # All tokens attend, and some go on.
+            before += self.dim_out * compute + 4 * self.num_heads
+            after -= 4 * self.num_heads
         return self.rows_in * before + self.rows_out * after
 
 
