@@ -371,9 +371,9 @@ def test_weights_to_start_from_are_loaded(images, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_every_kind_of_block_is_compiled(monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=8)
+def test_every_kind_of_block_is_compiled():
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     sizes = {"input_size": (64, 64), "embed_dim": 8, "num_heads": 1, "stages": (2, 3, 3, 2)}
     decoder = {"decoder_embed_dim": 16, "decoder_depth": 3, "decoder_num_heads": 2}
     model = MaskedAutoencoderHiera(**sizes, **decoder)
