@@ -44,6 +44,15 @@ void with_words(const Tensor& tensor, const char* name, const F& f) {
   f(static_cast<uint16_t*>(nullptr));
 }
 
+// Calls f(worker, tasks) for as many workers as there are threads, and tasks for.
+template <class F>
+void for_each_worker(int64_t tasks, int64_t num_threads, const F& f) {
+  const int64_t workers = std::min(tasks, num_threads);
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t w = begin; w < end; ++w) f(w, part_of(tasks, w, workers));
+  });
+}
+
 template <bool kTransposed, class T, class O>
 void product(const Tensor& x, const Tensor& weight, const float* bias, int64_t num_threads,
              Tensor& out) {
@@ -52,14 +61,11 @@ void product(const Tensor& x, const Tensor& weight, const float* bias, int64_t n
   const PackWeight<T, kTransposed> pack{static_cast<const T*>(weight.const_data_ptr()), N, K};
   const pairs::Out<O> store{output<O>(out), columns, bias};
   prefer_huge_pages(store.data, out.numel() * int64_t(sizeof(O)));
-  const int64_t tasks = plan.tasks(), workers = std::min(tasks, num_threads);
   const int64_t words = pairs::round_up(plan.scratch(), 16);
-  const Scratch<uint32_t> scratch(x, workers * words);
+  const Scratch<uint32_t> scratch(x, std::min(plan.tasks(), num_threads) * words);
   const auto* rows = input<uint16_t>(x);
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t w = begin; w < end; ++w) {
-      plan.run(rows, scratch.data + w * words, part_of(tasks, w, workers), pack, store);
-    }
+  for_each_worker(plan.tasks(), num_threads, [&](int64_t worker, Range tasks) {
+    plan.run(rows, scratch.data + worker * words, tasks, pack, store);
   });
 }
 #endif
@@ -113,15 +119,11 @@ template <class Store>
 void narrow_weight_gradient(const pairs::NarrowWeightGradient& plan, const Tensor& dy,
                             const Tensor& x, float* column_sums, int64_t num_threads,
                             const Store& store) {
-  const int64_t tasks = plan.tasks(), workers = std::min(tasks, num_threads);
   const Scratch<float> sums(x, plan.parts * plan.part_sums());
-  const Scratch<uint32_t> scratch(x, workers * plan.scratch());
+  const Scratch<uint32_t> scratch(x, std::min(plan.tasks(), num_threads) * plan.scratch());
   const auto *dy_ptr = input<uint16_t>(dy), *x_ptr = input<uint16_t>(x);
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t w = begin; w < end; ++w) {
-      plan.run(dy_ptr, x_ptr, part_of(tasks, w, workers), scratch.data + w * plan.scratch(),
-               sums.data, column_sums);
-    }
+  for_each_worker(plan.tasks(), num_threads, [&](int64_t worker, Range tasks) {
+    plan.run(dy_ptr, x_ptr, tasks, scratch.data + worker * plan.scratch(), sums.data, column_sums);
   });
   torch::stable::parallel_for(0, pairs::panels_of(plan.N), 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) plan.add_up(sums.data, n, store);
@@ -150,12 +152,8 @@ void weight_gradient(const Tensor& dy, const Tensor& x, float* column_sums, int6
       pairs::pack_piece(x_ptr, M, K, rows, {0, pairs::panels_of(K)}, to + dy_words, words, nullptr);
     }
   });
-  const int64_t tasks = plan.tasks(), workers = std::min(tasks, num_threads);
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t w = begin; w < end; ++w) {
-      plan.run(packed, packed + dy_words, part_of(tasks, w, workers), store);
-    }
-  });
+  for_each_worker(plan.tasks(), num_threads,
+                  [&](int64_t, Range tasks) { plan.run(packed, packed + dy_words, tasks, store); });
 }
 #endif
 

@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastssl import distributed
 from fastssl.data import loader
-from fastssl.models import MaskedAutoencoderHiera
 from fastssl.training import checkpoint, loop, setup
 from fastssl.training.config import load
 from fastssl.training.loop import Run, train
@@ -371,30 +369,6 @@ def test_weights_to_start_from_are_loaded(images, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@torch._dynamo.config.patch(recompile_limit=8)
-def test_every_kind_of_block_is_compiled():
-    torch._dynamo.reset()
-    sizes = {"input_size": (64, 64), "embed_dim": 8, "num_heads": 1, "stages": (2, 3, 3, 2)}
-    decoder = {"decoder_embed_dim": 16, "decoder_depth": 3, "decoder_num_heads": 2}
-    model = MaskedAutoencoderHiera(**sizes, **decoder)
-    graphs = []
-
-    def backend(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
-    setup.compile_each(distributed.blocks(model), backend=backend)
-    images = torch.randn(2, 3, 64, 64)
-    for _ in range(2):
-        model(images, 0.5)[0].backward()
-    # Stage 1; the first and the rest of three more; the decoder's, and its last one.
-    assert len(graphs) == 9
-    with torch.no_grad():
-        model.features(images)
-    assert len(graphs) == 16
-    torch._dynamo.reset()
-
-
 def test_compiled_training_agrees_with_eager(images, tmp_path, uninterrupted):
     folder = train(tiny_config(images, tmp_path, "train.compile=true", "eval.every=3"))
     for ours, theirs in zip(trained(folder), trained(uninterrupted), strict=True):
