@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import functional
@@ -47,9 +46,13 @@ class FusionHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.kernel.unroll(self.weight.movedim(1, -1))  # [dim_out, prod(kernel), dim]
         # [B, K, prod(kernel), t, dim] -> [B, K * t, prod(kernel) * dim]
-        x = x.unflatten(1, (-1, self.kernel.num_tokens, self.num_final))
-        x = x.transpose(2, 3).flatten(3).flatten(1, 2)
-        return F.linear(x, weight.flatten(1), self.bias)
+        x = x.unflatten(1, (-1, self.kernel.num_tokens, self.num_final)).transpose(2, 3)
+        device = x.device.type
+        if x.dtype == torch.float32 and torch.is_autocast_enabled(device):
+            # The cast that the product needs brings the tokens into their order, too.
+            dtype = torch.get_autocast_dtype(device)
+            x = x.to(dtype, memory_format=torch.contiguous_format)
+        return functional.linear(x.flatten(3).flatten(1, 2), weight.flatten(1), self.bias)
 
 
 class MaskedAutoencoderHiera(Hiera):
