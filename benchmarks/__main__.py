@@ -1,15 +1,11 @@
 """The command line: `python -m benchmarks [list | run | table]`."""
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
 
 from benchmarks import report
-
-# Kineto announces every profile on stderr otherwise.
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -102,10 +98,13 @@ def _table(options: argparse.Namespace) -> int:
     if not (options.update or options.check):
         print(report.table(rows), end="")
         return 0
-    from benchmarks import methods
+    from benchmarks import methods, profile
 
-    contents = (report.table(rows), methods.tables(methods.committed_results()))
-    # Both are written, whatever the first was.
+    contents = (
+        report.table(rows),
+        *(kind.tables(kind.committed_results()) for kind in (profile, methods)),
+    )
+    # All are written, whatever the first was.
     same = all(
         [
             report.update_readme(section, content, report.README, options.check)

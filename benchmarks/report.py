@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 # What the README shows, between lines that name it.
-SECTIONS = ("benchmarks", "methods")
+SECTIONS = ("benchmarks", "profiles", "methods")
 
 Row = dict[str, object]
 
@@ -42,8 +42,8 @@ def file_name(gpu: str | None) -> str:
 def table(rows: Sequence[Row]) -> str:
     """Markdown: for each set of conditions a line that states them, ops, then whole steps."""
     parts = []
-    for conditions in dict.fromkeys(_conditions(row) for row in rows):
-        same = [row for row in rows if _conditions(row) == conditions]
+    for conditions in dict.fromkeys(conditions_of(row) for row in rows):
+        same = [row for row in rows if conditions_of(row) == conditions]
         ops = [row for row in same if "images_per_s" not in row]
         speeds = [row for row in same if "images_per_s" in row]
         # Those of an op are of images on their way in.
@@ -80,7 +80,8 @@ def _key(row: Row) -> tuple:
     return row["case"], row["device"]
 
 
-def _conditions(row: Row) -> str:
+def conditions_of(row: Row) -> str:
+    """The line that says where, with what and when a row was measured."""
     machine, versions = row["machine"], row["versions"]
     where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
     with_what = ", ".join(f"{name} {version}" for name, version in versions.items() if version)

@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 
-from benchmarks import measure, published_hiera, report, runner
+from benchmarks import measure, profile, published_hiera, report, runner
 from benchmarks.__main__ import main
 from benchmarks.published_distillation import Published
 from benchmarks.registry import FORWARD, FORWARD_BACKWARD, Case, all_cases, op_case, select
+from fastssl.kernels.common import env
 from fastssl.kernels.common.dispatch import OPS
 from fastssl.models import Hiera, MaskedAutoencoderHiera
 
@@ -242,6 +243,52 @@ def test_table_from_rows():
     assert report.table([]) == ""
     other = make_row("op/float32", machine={"cpu": "B", "cores": 4, "threads": 4, "gpu": "A GPU"})
     assert report.table([make_row("op/float32"), other]).count("commit abc") == 2
+
+
+def test_a_profile_tells_kinds_of_ops_before_and_after(tmp_path, monkeypatch, capsys):
+    backends = []
+
+    def small():
+        model = MaskedAutoencoderHiera(embed_dim=16, num_heads=1, stages=(1, 1, 1), q_pool=2)
+        model.register_forward_pre_hook(lambda *_: backends.append(env.backend()))
+        return model
+
+    monkeypatch.setattr(profile.models, "mae_hiera_tiny_224", small)
+    assert profile.main(["mae_hiera_tiny_224", "--json", str(tmp_path / "rows.json")]) == 0
+    (row,) = report.read_rows([tmp_path / "rows.json"])
+    for side in ("before", "after"):
+        assert row[side]["ms"] > 0
+        assert sum(row[side]["shares"].values()) == pytest.approx(100)
+        assert row[side]["shares"]["matrix products"] > 1
+    assert list(dict.fromkeys(backends)) == ["reference", None]
+    text = profile.tables([tmp_path / "rows.json"])
+    assert report.conditions_of(row) in text
+    assert "| share of the operators' time | mae_hiera_tiny_224 before | mae_" in text
+    share = row["after"]["shares"]["matrix products"]
+    assert f" | {share:.1f} % |" in text and f" | {share:.1f} % |" in capsys.readouterr().out
+
+
+def test_a_profile_is_of_a_masked_autoencoder(capsys):
+    with pytest.raises(SystemExit):
+        profile.main(["vit_small"])
+    assert "must be a masked autoencoder of fastssl.models, got 'vit_small'" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("aten::_softmax_backward_data", "attention"),
+        ("fastssl_csrc::mask_unit_attention_bwd", "attention"),
+        ("fastssl_csrc::linear_product", "matrix products"),
+        ("fastssl_csrc::mask_unit_pool_bwd", "pooling"),
+        ("autograd::engine::evaluate_function: AddmmBackward0", profile.DISPATCH),
+        ("aten::pow", profile.OTHER),
+    ],
+)
+def test_kinds_of_ops(name, kind):
+    assert profile.kind_of(name) == kind
 
 
 def test_readme_shows_the_table_of_the_results(tmp_path, monkeypatch, capsys):
