@@ -249,7 +249,9 @@ def test_a_profile_tells_kinds_of_ops_before_and_after(tmp_path, monkeypatch, ca
     backends = []
 
     def small():
-        model = MaskedAutoencoderHiera(embed_dim=16, num_heads=1, stages=(1, 1, 1), q_pool=2)
+        decoder = {"decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 1}
+        encoder = {"embed_dim": 16, "num_heads": 1, "stages": (1, 1, 1), "q_pool": 2}
+        model = MaskedAutoencoderHiera(**encoder, **decoder)
         model.register_forward_pre_hook(lambda *_: backends.append(env.backend()))
         return model
 
