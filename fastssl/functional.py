@@ -37,10 +37,11 @@ from fastssl.kernels.vicreg import vicreg
 
 # What a keyed random number is for: each use draws from a stream of its own.
 STREAM_MASK, STREAM_CROP, STREAM_SHUFFLE, STREAM_EVAL = range(4)
-STREAM_REGION, STREAM_METHOD, STREAM_TIME = range(4, 7)
+STREAM_REGION, STREAM_METHOD, STREAM_TIME, STREAM_DROP = range(4, 8)
 
 __all__ = [
     "STREAM_CROP",
+    "STREAM_DROP",
     "STREAM_EVAL",
     "STREAM_MASK",
     "STREAM_METHOD",

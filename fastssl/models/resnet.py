@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
 from fastssl.models.hub import HubModel
 from fastssl.nn.checkpoint import BlockCheckpointing
@@ -34,18 +33,11 @@ def untracked_batch_norm(module: nn.Module) -> Iterator[None]:
 class BatchNormCheckpointing(BlockCheckpointing):
     """For blocks with batch normalisation: what is computed again is counted once."""
 
-    def run_block(self, block: nn.Module, x: Tensor) -> Tensor:
+    def _recomputation(self, block: nn.Module) -> dict[str, object]:
         # A compiled graph holds each update once, whatever it computes again.
-        if torch.compiler.is_compiling() or not (
-            self.grad_checkpointing and torch.is_grad_enabled()
-        ):
-            return super().run_block(block, x)
-        return checkpoint(
-            block,
-            x,
-            use_reentrant=False,
-            context_fn=lambda: (nullcontext(), untracked_batch_norm(block)),
-        )
+        if torch.compiler.is_compiling():
+            return {}
+        return {"context_fn": lambda: (nullcontext(), untracked_batch_norm(block))}
 
 
 def _conv(in_chans: int, out_chans: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:

@@ -14,6 +14,7 @@ from fastssl.models.hub import HubModel
 from fastssl.models.norm_names import norm_layer_of
 from fastssl.models.resnet import BatchNormCheckpointing
 from fastssl.nn import LAYER_NORM, DropPath, Linear, Mlp, NormLayer
+from fastssl.nn.drop_path import columns
 from fastssl.nn.norm import add_layer_norm, layer_norm
 from fastssl.nn.sdpa import attend
 
@@ -136,8 +137,11 @@ class XCABlock(nn.Module):
     """Residual cross-covariance attention, local patch interaction and Mlp, each behind a LayerNorm
     and with a LayerScale that starts at `eta`: [B, h, w, D] -> [B, h, w, D].
 
-    Keys: norm1, attn, gamma1; norm3, local_mp, gamma3; norm2, mlp, gamma2.
+    `drops` [B, 3] decide what is dropped, see `DropPath`. Keys: norm1, attn, gamma1; norm3,
+    local_mp, gamma3; norm2, mlp, gamma2.
     """
+
+    num_drops = 3
 
     def __init__(
         self,
@@ -165,14 +169,14 @@ class XCABlock(nn.Module):
         for gamma in (self.gamma1, self.gamma2, self.gamma3):
             nn.init.constant_(gamma, self.eta)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, drops: Tensor | None = None) -> Tensor:
         # Branches of dropped samples are computed, as BatchNorm's statistics are of all samples.
-        draw = self.drop_path.draw
+        draw, (first, second, third) = self.drop_path.draw, columns(drops, self.num_drops)
         branch = self.attn(layer_norm(self.norm1, x).flatten(1, 2)).view_as(x)
-        x, y = add_layer_norm(self.norm3, x, branch, gamma=self.gamma1, scale=draw(x))
+        x, y = add_layer_norm(self.norm3, x, branch, gamma=self.gamma1, scale=draw(x, first))
         branch = self.local_mp(y)
-        x, y = add_layer_norm(self.norm2, x, branch, gamma=self.gamma3, scale=draw(x))
-        return x + self.drop_path(self.gamma2 * self.mlp(y))
+        x, y = add_layer_norm(self.norm2, x, branch, gamma=self.gamma3, scale=draw(x, second))
+        return x + self.drop_path(self.gamma2 * self.mlp(y), third)
 
 
 class ClassAttention(nn.Module):

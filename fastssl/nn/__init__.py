@@ -3,7 +3,7 @@
 from fastssl.nn.attention import Attention
 from fastssl.nn.block import LAYER_NORM, Block, LayerScale, NormLayer
 from fastssl.nn.dino_head import DINOHead, HeadOutput
-from fastssl.nn.drop_path import DropPath
+from fastssl.nn.drop_path import DropPath, keyed_drops
 from fastssl.nn.heads import (
     BarlowTwinsProjectionHead,
     BYOLPredictionHead,
@@ -52,5 +52,6 @@ __all__ = [
     "SyncBatchNorm",
     "VICRegProjectionHead",
     "interpolate_pos_embed",
+    "keyed_drops",
     "sincos_pos_embed_2d",
 ]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.nn.attention import Attention
-from fastssl.nn.drop_path import DropPath
+from fastssl.nn.drop_path import DropPath, columns
 from fastssl.nn.linear import is_plain
 from fastssl.nn.mlp import Mlp
 from fastssl.nn.norm import add_layer_norm, layer_norm
@@ -41,7 +41,10 @@ class Block(nn.Module):
     sample skips a branch; `ffn_layer` makes what stands in place of the Mlp. Keys: norm1, attn,
     ls1, norm2, mlp, ls2. With `select`, which takes tokens out of [B, N, D], the result is that of
     these alone, and for the others nothing is computed but the keys and values they are to these.
+    `drops` [B, 2] decide what is dropped, see `DropPath`.
     """
+
+    num_drops = 2
 
     def __init__(
         self,
@@ -67,30 +70,35 @@ class Block(nn.Module):
         self.ls2 = layer_scale()
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, select: Select | None = None) -> Tensor:
-        drop_path = self.drop_path
+    def forward(
+        self, x: Tensor, select: Select | None = None, *, drops: Tensor | None = None
+    ) -> Tensor:
+        drop_path, (first, second) = self.drop_path, columns(drops, self.num_drops)
         if drop_path.num_kept(x.shape[0]) < x.shape[0]:
-            x = drop_path.add_branch(x, x, self._attend)
-            x = drop_path.add_branch(x, x, self._feed_forward)
+            x = drop_path.add_branch(x, x, self._attend, first)
+            x = drop_path.add_branch(x, x, self._feed_forward, second)
             return x if select is None else select(x)
+        scale = drop_path.draw(x, first)
         if select is not None:
-            return self._of_selected(x, select)
+            return self._of_selected(x, select, (scale, drop_path.draw(x, second)))
         branch, gamma = self.attn(layer_norm(self.norm1, x)), None
         if is_plain(self.ls1, LayerScale):
             gamma = self.ls1.gamma
         else:
             branch = self.ls1(branch)
-        x, y = add_layer_norm(self.norm2, x, branch, gamma=gamma, scale=drop_path.draw(x))
-        return x + drop_path(self.ls2(self.mlp(y)))
+        x, y = add_layer_norm(self.norm2, x, branch, gamma=gamma, scale=scale)
+        return x + drop_path(self.ls2(self.mlp(y)), second)
 
-    def _of_selected(self, x: Tensor, select: Select) -> Tensor:
+    def _of_selected(
+        self, x: Tensor, select: Select, scales: tuple[Tensor | None, Tensor | None]
+    ) -> Tensor:
         branches = (
             lambda kept: self.ls1(self.attn(layer_norm(self.norm1, x), select)),
             self._feed_forward,
         )
         kept = select(x)
-        for branch in branches:
-            scale, added = self.drop_path.draw(x), branch(kept)
+        for scale, branch in zip(scales, branches, strict=True):
+            added = branch(kept)
             if scale is not None:
                 # A factor per sample becomes one per token.
                 added = added * select(scale.view(-1, 1, 1).expand(*x.shape[:2], 1))

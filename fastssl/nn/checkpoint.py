@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastssl.nn.drop_path import drops_of
+
 
 class BlockCheckpointing:
     """For models made of blocks: `set_grad_checkpointing` keeps each block's input only.
@@ -18,6 +20,14 @@ class BlockCheckpointing:
         self.grad_checkpointing = enable
 
     def run_block(self, block: nn.Module, x: Tensor, *args: object) -> Tensor:
+        # Drawn here, since a block that is computed again must not draw again.
+        drops = drops_of(block, x.shape[0])
+        kwargs = {} if drops is None else {"drops": drops}
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, *args, use_reentrant=False)
-        return block(x, *args)
+            kwargs |= {"use_reentrant": False, **self._recomputation(block)}
+            return checkpoint(block, x, *args, **kwargs)
+        return block(x, *args, **kwargs)
+
+    def _recomputation(self, block: nn.Module) -> dict[str, object]:
+        """Keywords of `checkpoint` beyond use_reentrant."""
+        return {}

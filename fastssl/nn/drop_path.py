@@ -1,12 +1,72 @@
 """Stochastic depth (Huang et al., 2016, arXiv:1603.09382)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from fastssl import functional as F
+
 # Above this rate the branch is computed for the samples that keep it only, as in DINOv2.
 MAX_RATE_COMPUTED = 0.1
+_UNIFORM_BITS = 24  # of keyed_uniform's numbers
+
+
+class _Keys:
+    """What decisions are keyed by for now; no ids: nothing, torch's generator decides."""
+
+    ids: Tensor | None = None  # [B] int64
+    num_calls = 0  # of blocks that drew
+
+
+_keys = _Keys()
+
+
+@contextmanager
+def keyed_drops(
+    samples: Tensor,  # [B] int64
+    *,
+    seed: int,
+    epoch: int = 0,
+    view: int = 0,
+) -> Iterator[None]:
+    """Within, the models' stochastic depth is a function of these keys, as of `keyed_uniform`.
+
+    A sample's branches are dropped or kept whatever rank, micro-batch or attempt it comes in. That
+    holds at rates to 0.1. Above, each call of a block keeps a number of its samples, so that others
+    in the micro-batch matter, too. Inputs of models are whole batches [B, ...], or [V * B, ...],
+    view after view. Of other numbers of samples decisions are torch's, as they are without this.
+    """
+    if _keys.ids is not None:
+        raise RuntimeError("keyed_drops cannot be entered within itself")
+    key = {"seed": seed, "epoch": epoch, "view": view, "stream": F.STREAM_DROP}
+    # All keys in one number, for a compiled model would be compiled anew for each epoch.
+    high, low = (F.keyed_uniform(samples, 2, **key) * 2**_UNIFORM_BITS).long().unbind(1)
+    _keys.ids, _keys.num_calls = high * 2**_UNIFORM_BITS + low, 0
+    try:
+        yield
+    finally:
+        _keys.ids = None
+
+
+def drops_of(block: nn.Module, rows: int) -> Tensor | None:
+    """Uniform numbers [rows, block.num_drops], by which this call of `block` drops; None where it
+    drops nothing or no keys are given."""
+    ids, drop_path = _keys.ids, getattr(block, "drop_path", None)
+    if ids is None or not isinstance(drop_path, DropPath) or not drop_path.is_active:
+        return None
+    copies, rest = divmod(rows, ids.shape[0])
+    if rest:
+        return None
+    uniforms = F.keyed_uniform(ids, copies * block.num_drops, seed=0, stream=_keys.num_calls)
+    _keys.num_calls += 1
+    return uniforms.unflatten(1, (copies, -1)).transpose(0, 1).flatten(0, 1)
+
+
+def columns(drops: Tensor | None, number: int) -> Sequence[Tensor | None]:
+    """A block's `drops` [B, number], one for each of its branches."""
+    return (None,) * number if drops is None else drops.unbind(1)
 
 
 class DropPath(nn.Module):
@@ -23,15 +83,24 @@ class DropPath(nn.Module):
             raise ValueError(f"drop_prob must be in [0, 1), got {drop_prob}")
         self.drop_prob = drop_prob
 
-    def draw(self, x: Tensor) -> Tensor | None:
-        """The factor [B] of each sample's branch, 0 or 1 / (1 - drop_prob); None is 1 for all."""
-        if self.drop_prob == 0.0 or not self.training:
+    @property
+    def is_active(self) -> bool:
+        return self.training and self.drop_prob > 0.0
+
+    def draw(self, x: Tensor, uniform: Tensor | None = None) -> Tensor | None:
+        """The factor [B] of each sample's branch, 0 or 1 / (1 - drop_prob); None is 1 for all.
+
+        Those whose `uniform` [B] is below 1 - drop_prob are kept; None: torch's generator decides.
+        """
+        if not self.is_active:
             return None
         keep_prob = 1.0 - self.drop_prob
-        return x.new_empty(x.shape[:1]).bernoulli_(keep_prob).div_(keep_prob)
+        if uniform is None:
+            return x.new_empty(x.shape[:1]).bernoulli_(keep_prob).div_(keep_prob)
+        return (uniform < keep_prob).to(x.dtype).div_(keep_prob)
 
-    def forward(self, x: Tensor) -> Tensor:
-        scale = self.draw(x)
+    def forward(self, x: Tensor, uniform: Tensor | None = None) -> Tensor:
+        scale = self.draw(x, uniform)
         return x if scale is None else x * scale.view(-1, *(1,) * (x.dim() - 1))
 
     def num_kept(self, batch: int) -> int:
@@ -40,11 +109,21 @@ class DropPath(nn.Module):
             return batch
         return max(1, round(batch * (1.0 - self.drop_prob)))
 
-    def add_branch(self, x: Tensor, source: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """x + branch(source) for `num_kept` random samples, scaled to keep the expectation; x for
-        the others, of which nothing is computed. x and source are [B, ...]."""
-        batch = x.shape[0]
-        kept = torch.randperm(batch, device=x.device)[: self.num_kept(batch)]
+    def add_branch(
+        self,
+        x: Tensor,
+        source: Tensor,
+        branch: Callable[[Tensor], Tensor],
+        uniform: Tensor | None = None,
+    ) -> Tensor:
+        """x + branch(source) for `num_kept` samples, scaled to keep the expectation; x for the
+        others, of which nothing is computed. x and source are [B, ...].
+
+        Kept are those with the smallest `uniform` [B]; None: torch's generator decides.
+        """
+        batch, device = x.shape[0], x.device
+        order = torch.randperm(batch, device=device) if uniform is None else uniform.argsort()
+        kept = order[: self.num_kept(batch)]
         added = branch(source.index_select(0, kept))
         dtype = torch.promote_types(x.dtype, added.dtype)
         return x.to(dtype).index_add(0, kept, added.to(dtype), alpha=batch / kept.shape[0])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastssl import functional
 from fastssl.nn.block import NormLayer
-from fastssl.nn.drop_path import DropPath
+from fastssl.nn.drop_path import DropPath, columns
 from fastssl.nn.linear import Linear
 from fastssl.nn.mlp import Mlp
 from fastssl.nn.norm import add_layer_norm, layer_norm
@@ -156,8 +156,11 @@ class HieraBlock(nn.Module):
     Where the width changes, the residual is a projection of the normed input; with `q_stride` > 1
     it is pooled as the queries are. Arguments as MaskUnitAttention, those of `forward` too: all
     tokens attend and are attended to; the projection behind it, norm2 and the MLP are computed for
-    the wanted ones. Keys: norm1, attn, norm2, mlp, proj.
+    the wanted ones. `drops` [B, 2] decide what is dropped, see `DropPath`. Keys: norm1, attn,
+    norm2, mlp, proj.
     """
+
+    num_drops = 2
 
     def __init__(
         self,
@@ -183,7 +186,12 @@ class HieraBlock(nn.Module):
         self.proj = Linear(dim, dim_out) if dim != dim_out else None
 
     def forward(
-        self, x: Tensor, ids: Tensor | None = None, ids_restore: Tensor | None = None
+        self,
+        x: Tensor,
+        ids: Tensor | None = None,
+        ids_restore: Tensor | None = None,
+        *,
+        drops: Tensor | None = None,
     ) -> Tensor:
         x_norm = layer_norm(self.norm1, x)
         if self.proj is not None:
@@ -192,11 +200,14 @@ class HieraBlock(nn.Module):
         if q_stride > 1:
             unit_size = q_stride * self.attn.window_size
             x = functional.mask_unit_pool(x, unit_size=unit_size, q_stride=q_stride)
-        drop_path = self.drop_path
+        drop_path, (first, second) = self.drop_path, columns(drops, self.num_drops)
         if drop_path.num_kept(x.shape[0]) < x.shape[0]:
-            x = drop_path.add_branch(x, x_norm, self.attn)
+            x = drop_path.add_branch(x, x_norm, self.attn, first)
             x = _wanted(x, ids, ids_restore)
-            return drop_path.add_branch(x, x, lambda y: self.mlp(layer_norm(self.norm2, y)))
+            return drop_path.add_branch(x, x, self._feed_forward, second)
         x, y = _wanted(x, ids, ids_restore), self.attn(x_norm, ids, ids_restore)
-        x, y = add_layer_norm(self.norm2, x, y, scale=drop_path.draw(x))
-        return x + drop_path(self.mlp(y))
+        x, y = add_layer_norm(self.norm2, x, y, scale=drop_path.draw(x, first))
+        return x + drop_path(self.mlp(y), second)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return self.mlp(layer_norm(self.norm2, x))

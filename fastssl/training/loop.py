@@ -14,6 +14,7 @@ from fastssl.data import Batch
 from fastssl.data.index import write_whole
 from fastssl.distributed import World
 from fastssl.evaluation import evaluate
+from fastssl.nn import keyed_drops
 from fastssl.optim import clip_gradients, set_hyperparameters
 from fastssl.training import checkpoint, loggers, messages, setup
 from fastssl.training.config import Config, check
@@ -41,7 +42,8 @@ def train(config: Config, *, resume: bool | Path = False, profile: bool = False)
 
     In one process, or under torchrun in each of several. A step is a function of the configuration
     and of its number: a run that was interrupted and resumed ends with the same parameters, and
-    any number of ranks draws the same batches, crops and masks.
+    any number of ranks draws the same batches, crops and masks, and drops the same branches at
+    rates to 0.1 of stochastic depth.
 
     Raises:
         ValueError: a value in the configuration cannot be used; it is named.
@@ -274,7 +276,8 @@ class Run:
 
     def _forward_backward(self, batch: Batch) -> dict[str, Tensor]:
         """Loss and what else the method tells of a micro-batch; gradients are added to."""
-        with self._autocast():
+        keys = {"seed": self.config.seed, "epoch": batch.epoch, "view": batch.view}
+        with self._autocast(), keyed_drops(batch.index, **keys):
             outputs = self.method(batch)
         if "features" in outputs:
             self.collapse.see(outputs.pop("features"))

@@ -18,7 +18,7 @@ from fastssl import distributed
 from fastssl.data import Batch
 from fastssl.distributed import World
 from fastssl.methods import Method, build_method, make_views, method_class
-from fastssl.nn import SyncBatchNorm
+from fastssl.nn import SyncBatchNorm, keyed_drops
 from fastssl.training.setup import FORWARD_METHODS
 
 TINY_VIT = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -92,6 +92,12 @@ def part_of(batch: Batch, part: int, parts: int) -> Batch:
     return Batch(views, batch.index.chunk(parts)[part], batch.epoch, batch.view, batch.step)
 
 
+def call_keyed(method: Method, batch: Batch) -> Tensor:
+    """The loss of a batch, with stochastic depth as the loop has it."""
+    with keyed_drops(batch.index, seed=5, epoch=batch.epoch, view=batch.view):
+        return method(batch)["loss"]
+
+
 def run_steps(
     case: Case, accumulation: int = 1, num_steps: int | None = None, shard_ranks: int = 0
 ) -> tuple[list[float], dict[str, Tensor]]:
@@ -111,7 +117,7 @@ def run_steps(
         total = 0.0
         for micro in range(accumulation):
             distributed.sync_gradients(method, micro == accumulation - 1)
-            loss = method(part_of(mine, micro, accumulation))["loss"] / accumulation
+            loss = call_keyed(method, part_of(mine, micro, accumulation)) / accumulation
             loss.backward()
             total += loss.item()
         optimizer.step()
@@ -202,7 +208,7 @@ def check_resume(case: Case) -> None:
                 optimizer = torch.optim.SGD(trained, lr=0.1)
                 torch.manual_seed(99)
             method.before_step({n: s(step, case.num_steps) for n, s in method.schedules.items()})
-            method(make_batch(case, step))["loss"].backward()
+            call_keyed(method, make_batch(case, step)).backward()
             optimizer.step()
             optimizer.zero_grad()
             method.after_step()

@@ -35,6 +35,10 @@ CASES = {
         accumulates=False,
     ),
     "dino_vit": replace(DINO, **VIT, args={**HEAD, **STORED}),
+    # Every sample's branches are dropped or not, whatever rank or micro-batch has it.
+    "dino_drop_path": replace(
+        DINO, **VIT | {"model_args": {**TINY_VIT, "drop_path_rate": 0.1}}, args={**HEAD, **STORED}
+    ),
     "ibot": IBOT,
     "ibot_own_head": replace(
         IBOT, args={**PATCHES, **STORED, "patch_out_dim": 7, "shared_head": False}

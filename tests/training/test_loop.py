@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastssl import nn
 from fastssl.data import loader
 from fastssl.training import checkpoint, loop, setup
 from fastssl.training.config import load
@@ -18,6 +19,7 @@ from fastssl.training.loop import Run, train
 from fastssl.training.report import read_metrics
 from tests.training.tiny import (
     DINO,
+    DROPPING,
     HIERA,
     VIT,
     assert_same_tensors,
@@ -232,15 +234,34 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(images, tmp_path):
     assert (folder / "metrics.jsonl").read_text() == before
 
 
-def test_accumulation_equals_the_big_batch(images, tmp_path):
-    big = train(tiny_config(images, tmp_path, "name=big"))
-    small = train(tiny_config(images, tmp_path, "name=small", "train.accumulation=4"))
+@pytest.mark.parametrize("model", [VIT, DROPPING], ids=["mae", "dropping"])
+def test_accumulation_equals_the_big_batch(images, tmp_path, model):
+    big = train(tiny_config(images, tmp_path, "name=big", model=model))
+    small = train(tiny_config(images, tmp_path, "name=small", "train.accumulation=4", model=model))
     for ours, theirs in zip(trained(small), trained(big), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
     last = "checkpoints/step_00000006"
     expected = saved_tensors(big / last)
     for name, tensor in saved_tensors(small / last).items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_stochastic_depth_is_the_samples_own(images, tmp_path, monkeypatch):
+    plain = trained(train(tiny_config(images, tmp_path, "name=plain", model=DINO)))
+    real, seen = nn.DropPath.draw, []
+
+    def draw(path, x, uniform=None):
+        if path.is_active:
+            seen.append((uniform < 1 - path.drop_prob).tolist())
+        return real(path, x, uniform)
+
+    monkeypatch.setattr(nn.DropPath, "draw", draw)
+    dropping = trained(train(tiny_config(images, tmp_path, "name=dropping", model=DROPPING)))
+    kept = [k for decisions in seen for k in decisions]
+    # 6 steps, 2 branches of the block that drops, 8 samples, 2 views of one size and 1 of another.
+    assert len(kept) == 6 * 2 * 8 * 3
+    assert 0.8 < sum(kept) / len(kept) < 1
+    assert dropping != plain
 
 
 def test_workers_draw_the_same_batches(images, tmp_path, uninterrupted):

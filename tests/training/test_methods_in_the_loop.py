@@ -35,8 +35,13 @@ METHODS = {
     ],
     # A memory bank of every sample.
     "npid": [*VIT, "method={name: npid, args: {output_dim: 8, num_negatives: 5}}"],
-    # A teacher, a center, views of two sizes.
-    "dino": [*VIT, MULTI_CROP, f"method={{name: dino, args: {{{HEAD}}}}}"],
+    # A teacher, a center, views of two sizes, stochastic depth.
+    "dino": [
+        *VIT,
+        MULTI_CROP,
+        "model.args.drop_path_rate=0.1",
+        f"method={{name: dino, args: {{{HEAD}}}}}",
+    ],
     # Masks, Sinkhorn-Knopp, two heads.
     "dinov2": [
         *VIT,

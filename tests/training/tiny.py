@@ -32,6 +32,8 @@ DINO = [
     "views={image_size: 16, groups: [{number: 2}, {number: 1, size: 8}]}",
     "method={name: dino, args: {out_dim: 16, hidden_dim: 16, bottleneck_dim: 8}}",
 ]
+# The second block drops branches of a sample at the highest rate at which it computes all.
+DROPPING = [*DINO, "model.args.drop_path_rate=0.1"]
 
 
 def make_images(folder: Path, number: int = 4) -> Path:
