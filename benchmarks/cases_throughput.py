@@ -5,11 +5,18 @@ and one step of its masked autoencoder with the fused AdamW.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases_steps import adamw, count_flops, training_step, with_graph
+from benchmarks.cases_steps import (
+    adamw,
+    count_flops,
+    pretraining,
+    training_step,
+    with_graph,
+)
 from benchmarks.registry import FORWARD, STEP, Case, Contender
 from fastssl import models
 
@@ -63,11 +70,7 @@ def _case(
         if direction == FORWARD:
             return with_graph({"fastssl": _features(model.eval())}, device)
         ratio = {"mask_ratio": 0.9} if len(size) == 4 else {}
-
-        def forward(images: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
-            return model(images, noise=noise, **ratio)
-
-        step = training_step(model.train(), forward, adamw(model))
+        step = training_step(model.train(), partial(pretraining(model), **ratio), adamw(model))
         return with_graph({"fastssl": step}, device)
 
     shape = "x".join(map(str, size[1:]))

@@ -67,7 +67,9 @@ class MAE(Method):
         return batch.uniforms(rows * columns, seed=self.seed, stream=F.STREAM_MASK)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        pred, mask = self.model.predict(batch.images, self.mask_ratio, self.noise(batch))
+        pred, mask = self.model.predict(
+            batch.images, self.mask_ratio, self.noise(batch), removed_only=True
+        )
         return {"loss": self.target(self.model, batch.images, pred, mask)}
 
     def features(self, images: Tensor) -> Tensor:

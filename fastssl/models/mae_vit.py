@@ -3,6 +3,8 @@
 B images, N patches, K visible patches, D embedding, p patch height * patch width * C.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -135,10 +137,19 @@ class MaskedAutoencoderViT(ViTEncoder):
         return self.mask_token.to(x.dtype).where(masks.unsqueeze(-1), x)
 
     def forward_decoder(
-        self, x: Tensor, ids_restore: Tensor, grid_size: tuple[int, int] | None = None
+        self,
+        x: Tensor,
+        ids_restore: Tensor,
+        grid_size: tuple[int, int] | None = None,
+        *,
+        wanted: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Latent of `forward_encoder` -> predicted pixels [B, N, p]; `grid_size` as in
-        `unpatchify`."""
+        `unpatchify`.
+
+        `wanted` are ids [B, M] of patches and their ids_restore [B, N], as of `masked_gather`:
+        those of the others are 0, and what is theirs alone is not computed.
+        """
         pos_embed = interpolate_pos_embed(
             self.decoder_pos_embed, self.grid_size, grid_size or self.grid_size, 1
         )
@@ -149,18 +160,40 @@ class MaskedAutoencoderViT(ViTEncoder):
             x = functional.masked_scatter(
                 x, self.mask_token, ids_restore, pos_embed, num_prefix_tokens=1
             )
-        for block in self.decoder_blocks:
-            x = self.run_block(block, x)
+        if wanted is None:
+            for block in self.decoder_blocks:
+                x = self.run_block(block, x)
+            return self._pixels(x)
+        ids, ranks = wanted
+        select = partial(
+            functional.masked_gather, ids_keep=ids, ids_restore=ranks, num_prefix_tokens=1
+        )
+        last = len(self.decoder_blocks) - 1
+        for i, block in enumerate(self.decoder_blocks):
+            x = self.run_block(block, x, *([select] if i == last else []))
+        pred = self._pixels(x if self.decoder_blocks else select(x))
+        return functional.masked_scatter(pred, pred.new_zeros(pred.shape[2]), ranks)
+
+    def _pixels(self, x: Tensor) -> Tensor:
         return self.decoder_pred(layer_norm(self.decoder_norm, x[:, 1:]))
 
     def predict(
-        self, imgs: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
+        self,
+        imgs: Tensor,
+        mask_ratio: float = 0.75,
+        noise: Tensor | None = None,
+        *,
+        removed_only: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """(pred [B, N, p], mask [B, N]) as of `forward`."""
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
-        return self.forward_decoder(
-            latent, ids_restore, self.patch_embed.grid_size(imgs.shape[2:])
-        ), mask
+        wanted = None
+        if removed_only:
+            # Every row removes as many patches; a stable order of 0 and 1 lists them, these first.
+            num_removed = mask.shape[1] - int(mask.shape[1] * (1 - mask_ratio))
+            wanted = functional.random_masking(1 - mask.float(), num_removed)[:2]
+        grid_size = self.patch_embed.grid_size(imgs.shape[2:])
+        return self.forward_decoder(latent, ids_restore, grid_size, wanted=wanted), mask
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         """Mean squared error of the patches whose mask is 1, a scalar."""
@@ -174,14 +207,22 @@ class MaskedAutoencoderViT(ViTEncoder):
         )
 
     def forward(
-        self, imgs: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
+        self,
+        imgs: Tensor,
+        mask_ratio: float = 0.75,
+        noise: Tensor | None = None,
+        *,
+        removed_only: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, pred [B, N, p], mask [B, N]) of images [B, C, H, W].
 
         In `mask`, 1 is a patch that was REMOVED and counts in the loss, 0 one that was seen (the
         opposite of Hiera's masks). `noise` [B, N] fixes the choice: the smallest values are seen.
+
+        `removed_only` spares the pixels of seen patches, which no loss asks for: their `pred` is 0,
+        loss and gradients are the same.
         """
-        pred, mask = self.predict(imgs, mask_ratio, noise)
+        pred, mask = self.predict(imgs, mask_ratio, noise, removed_only=removed_only)
         return self.forward_loss(imgs, pred, mask), pred, mask
 
 

@@ -126,6 +126,42 @@ def test_removed_pixels_change_the_loss_only():
     assert not torch.equal(pred, model(seen, noise=noise)[1])
 
 
+@pytest.mark.parametrize("decoder_depth", [0, 1, 2])
+@pytest.mark.parametrize("mask_in_encoder", [False, True])
+def test_removed_only_has_the_same_loss_gradients_and_removed_pixels(
+    mask_in_encoder, decoder_depth
+):
+    torch.manual_seed(0)
+    kwargs = {"mask_in_encoder": mask_in_encoder, "decoder_depth": decoder_depth}
+    model = small((24, 40), norm_pix_loss=True, **kwargs).double()
+    images, noise = torch.randn(3, 3, 24, 40, dtype=torch.float64), torch.rand(3, 15)
+    seen = []
+    model.decoder_pred.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    for block in model.decoder_blocks[-1:]:
+        block.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+
+    def run(**kwargs):
+        model.zero_grad()
+        seen.clear()
+        loss, pred, mask = model(images, 0.6, noise, **kwargs)
+        loss.backward()
+        return loss, pred, mask, [p.grad for p in model.parameters() if p.requires_grad]
+
+    loss, pred, mask, grads = run()
+    assert seen == [16, 15][-len(seen) :]
+    # Of 15 patches 6 stay; the last block's Mlp has the class token, too.
+    few_loss, few_pred, few_mask, few_grads = run(removed_only=True)
+    assert seen == [10, 9][-len(seen) :]
+    assert torch.equal(few_mask, mask)
+    torch.testing.assert_close(few_loss, loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(few_pred, pred * mask.unsqueeze(-1), rtol=1e-9, atol=1e-12)
+    for ours, theirs in zip(few_grads, grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    model.set_grad_checkpointing()
+    for ours, theirs in zip(run(removed_only=True)[3], grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
 def test_noise_is_drawn_from_torchs_generator():
     model, images = small(), torch.randn(2, 3, 32, 32)
     torch.manual_seed(1)
@@ -214,15 +250,17 @@ def test_defaults_are_official_and_factories_take_overrides():
     assert mae_vit_base_patch16 is mae_vit_base_patch16_dec512d8b
 
 
+@pytest.mark.parametrize("removed_only", [False, True])
 @pytest.mark.parametrize("img_size", [(32, 32), (24, 40)])
-def test_compiles_into_one_graph(img_size):
+def test_compiles_into_one_graph(img_size, removed_only):
     model = small(32)
     images, noise = torch.randn(2, 3, *img_size), torch.rand(2, img_size[0] * img_size[1] // 64)
-    expected = model(images, noise=noise)
+    call = {"noise": noise, "removed_only": removed_only}
+    expected = model(images, **call)
     expected[0].backward()
     grads = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
-    actual = torch.compile(model, fullgraph=True, backend="aot_eager")(images, noise=noise)
+    actual = torch.compile(model, fullgraph=True, backend="aot_eager")(images, **call)
     actual[0].backward()
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close({name: p.grad for name, p in model.named_parameters()}, grads)
