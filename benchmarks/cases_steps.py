@@ -292,7 +292,7 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
 def pretraining(model: nn.Module, compiled: Callable | None = None) -> Callable:
     """What the trainer calls of `model`, or of the same compiled: a loss needs the pixels of
     removed patches only. Hiera's masked autoencoder predicts no others."""
-    forward = compiled or model
+    forward = model if compiled is None else compiled
     if isinstance(model, MaskedAutoencoderViT):
         return partial(forward, removed_only=True)
     return forward
