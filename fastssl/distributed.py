@@ -58,9 +58,9 @@ def session(device: str = "auto") -> Iterator[World]:
     """
     chosen = choose_device(device)
     joins = "RANK" in os.environ and not dist.is_initialized()
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
     if joins:
-        if chosen.type == "cuda":
-            torch.cuda.set_device(chosen)
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT)
     if dist.is_initialized():

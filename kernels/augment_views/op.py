@@ -9,6 +9,7 @@ from fastssl.kernels.augment_views import reference
 from fastssl.kernels.augment_views.reference import COLUMNS
 from fastssl.kernels.common import dispatch
 from fastssl.kernels.common.checks import check_int, check_shape, check_tensor
+from fastssl.kernels.common.eager import custom_op
 from fastssl.kernels.common.flops import counts_no_flops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
@@ -126,7 +127,7 @@ def _statistics(
     return mean, std
 
 
-@torch.library.custom_op("fastssl::augment_views", mutates_args=())
+@custom_op("fastssl::augment_views")
 def _augment_views(
     pixels: Tensor,
     offsets: Tensor,

@@ -10,6 +10,7 @@ the filters are made by PyTorch, to the same bits as everywhere; how large they 
 boxes, for which the host waits.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -326,6 +327,12 @@ def _blur_columns_kernel(
         _finish(r, g, b, statistics_ptr, params_ptr, out_ptr, p, H, W, patch, valid)
 
 
+@functools.lru_cache(maxsize=64)
+def _statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
+    """[2, 3] float32. Kept, since the host waits for a copy to a GPU."""
+    return torch.tensor([mean, std], dtype=torch.float32).to(device)
+
+
 def augment_views(
     pixels: Tensor,
     offsets: Tensor,
@@ -353,7 +360,7 @@ def augment_views(
     planes, blurred = (params.new_empty((R, 3, H, W)) for _ in range(2))
     blocks = cdiv(H * W, CONFIG.BLOCK)
     sums = params.new_empty((R, blocks))
-    statistics = torch.tensor([mean, std], dtype=torch.float32).to(params.device)
+    statistics = _statistics(tuple(mean), tuple(std), params.device)
     patch, radius = patch_size or 0, kernel_size // 2
     grid, tile = (R, blocks), {"BLOCK": CONFIG.BLOCK, "num_warps": CONFIG.num_warps}
     _resize_columns_kernel[R, cdiv(rows * W, CONFIG.BLOCK)](

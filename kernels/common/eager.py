@@ -17,25 +17,55 @@ from torch.library import CustomOpDef
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def custom_op(name: str, num_outputs: int) -> Callable[[Callable], CustomOpDef]:
-    """torch.library.custom_op of a body that returns None for outputs which are not there.
+def custom_op(name: str, num_outputs: int | None = None, **options: object) -> Callable:
+    """torch.library.custom_op of a body, called with the GPU of its tensors as the current device.
 
-    The registered op returns an empty tensor of the first tensor's dtype for each, and so must its
-    fake. `direct` leaves the Nones: on a GPU's host an empty tensor costs microseconds.
+    With `num_outputs` the body may return None for outputs that are not there. The registered op
+    returns an empty tensor of the first tensor's dtype for each, and so must its fake. `direct`
+    leaves the Nones: on a GPU's host an empty tensor costs microseconds.
     """
 
     def register(body: Callable) -> CustomOpDef:
-        @functools.wraps(body)
-        def filled(*args: object) -> tuple[Tensor, ...]:
-            like = next(x for x in args if isinstance(x, Tensor))
-            return tuple(like.new_empty((0,)) if x is None else x for x in body(*args))
+        own = shown = _on_their_device(body)
+        if num_outputs is not None:
 
-        filled.__signature__ = inspect.signature(body).replace(
-            return_annotation=tuple[(Tensor,) * num_outputs]
-        )
-        return torch.library.custom_op(name, filled, mutates_args=())
+            @functools.wraps(body)
+            def shown(*args: object) -> tuple[Tensor, ...]:
+                like = next(x for x in args if isinstance(x, Tensor))
+                return tuple(like.new_empty((0,)) if x is None else x for x in own(*args))
+
+            shown.__signature__ = inspect.signature(body).replace(
+                return_annotation=tuple[(Tensor,) * num_outputs]
+            )
+        op = torch.library.custom_op(name, shown, **{"mutates_args": ()} | options)
+        op.body = own
+        return op
 
     return register
+
+
+def _on_their_device(body: Callable) -> Callable:
+    """Triton launches on the current device, whichever the tensors are on."""
+
+    @functools.wraps(body)
+    def run(*args: object) -> object:
+        device = _device_of(args)
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return body(*args)
+        with torch.cuda.device(device):
+            return body(*args)
+
+    return run
+
+
+def _device_of(args: tuple) -> torch.device:
+    """That of the first tensor, or of the first list of tensors."""
+    for x in args:
+        if isinstance(x, Tensor):
+            return x.device
+        if isinstance(x, list | tuple) and x and isinstance(x[0], Tensor):
+            return x[0].device
+    return torch.device("cpu")
 
 
 def direct(
@@ -48,7 +78,7 @@ def direct(
     `setup_context` and `backward` are those of op.register_autograd; None for an op without a
     gradient.
     """
-    registered, body = op._opoverload, getattr(op._init_fn, "__wrapped__", op._init_fn)
+    registered, body = op._opoverload, op.body
     differentiable = body
     if backward is not None:
         # With a setup_context of its own the Function would inspect forward's signature per call.

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 from fastssl.kernels.common import collectives, dispatch, gram
 from fastssl.kernels.common.autograd import reference_gradients
 from fastssl.kernels.common.collectives import Group
+from fastssl.kernels.common.eager import custom_op
 
 
 class GramOp:
@@ -37,19 +38,12 @@ class GramOp:
         views = "".join(f"Tensor z{view}, " for view in range(num_views))
         rest = "".join(f"float {number}, " for number in numbers) + "str group, str backend"
         # Returned are the loss, y of each view, matrices and factors: see gram.py.
-        op = torch.library.custom_op(
-            f"fastssl::{name}",
-            self._forward,
-            mutates_args=(),
-            schema=f"({views}{rest}) -> Tensor[]",
-        )
-        backward = torch.library.custom_op(
+        op = custom_op(f"fastssl::{name}", schema=f"({views}{rest}) -> Tensor[]")(self._forward)
+        backward = custom_op(
             f"fastssl::{name}_backward",
-            self._run_backward,
-            mutates_args=(),
             schema="(Tensor dloss, Tensor[] ys, Tensor[] matrices, Tensor factors, "
             f"ScalarType dtype, bool[] wanted, {rest}) -> Tensor[]",
-        )
+        )(self._run_backward)
         op.register_fake(self._fake)
         backward.register_fake(
             lambda dloss, ys, matrices, factors, dtype, wanted, *_: gram.empty_gradients(

@@ -6,6 +6,7 @@ from torch import Tensor
 from fastssl.kernels.common import dispatch
 from fastssl.kernels.common import view_cross_entropy as views
 from fastssl.kernels.common.autograd import reference_gradients
+from fastssl.kernels.common.eager import custom_op
 from fastssl.kernels.common.flops import counts_no_flops
 from fastssl.kernels.common.view_checks import check_terms, check_views
 from fastssl.kernels.dino_cross_entropy import cuda_kernel, reference
@@ -116,7 +117,7 @@ def dino_cross_entropy(
     return (loss, *wanted) if wanted else loss
 
 
-@torch.library.custom_op("fastssl::dino_cross_entropy", mutates_args=())
+@custom_op("fastssl::dino_cross_entropy")
 def _dino_cross_entropy(
     student: Tensor,
     teacher: Tensor,
@@ -188,7 +189,7 @@ def _dino_cross_entropy_fake(student, teacher, *arguments):
     )
 
 
-@torch.library.custom_op("fastssl::dino_cross_entropy_backward", mutates_args=())
+@custom_op("fastssl::dino_cross_entropy_backward")
 def _dino_cross_entropy_backward(
     dloss: Tensor,
     student: Tensor,

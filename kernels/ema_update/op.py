@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastssl.kernels.common import dispatch
 from fastssl.kernels.common.checks import check_tensor
+from fastssl.kernels.common.eager import custom_op
 from fastssl.kernels.common.flops import counts_no_flops
 from fastssl.kernels.ema_update import reference
 
@@ -136,7 +137,7 @@ def _flat_pair(target: Tensor, source: Tensor) -> tuple[Tensor, Tensor] | None:
     return (target, source) if target.is_contiguous() and source.is_contiguous() else None
 
 
-@torch.library.custom_op("fastssl::ema_update", mutates_args=("targets",))
+@custom_op("fastssl::ema_update", mutates_args=("targets",))
 def _ema_update(
     targets: Sequence[Tensor],
     sources: Sequence[Tensor],

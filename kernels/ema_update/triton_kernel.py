@@ -76,10 +76,16 @@ def _ema_update_kernel(
 
 
 @functools.lru_cache(maxsize=64)
-def _table(device: torch.device, sizes: tuple[int, int], pairs: tuple) -> Tensor:
+def _table(device: torch.device, sizes: tuple[int, int], pairs: tuple) -> tuple[Tensor, Tensor]:
     """The kernel's table on `device` for `pairs` of (target address, source address, elements) of
-    `sizes` bytes each. A table is a function of its arguments alone, so a kept one cannot be wrong;
-    a model's own is found again at every step."""
+    `sizes` bytes each, and what it is a copy of. A table is a function of its arguments alone, so a
+    kept one cannot be wrong; a model's own is found again at every step."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # A replay would copy the table anew, from memory that others have by then.
+        raise RuntimeError(
+            "ema_update must have run on the same tensors before a CUDA graph captures it, got "
+            f"{len(pairs)} pairs of tensors that it has not met"
+        )
     chunk = CONFIG.BLOCK * CONFIG.STEPS
     targets, sources, counts = torch.tensor(pairs, dtype=torch.int64).unbind(1)
     chunks = (counts + chunk - 1) // chunk
@@ -92,9 +98,10 @@ def _table(device: torch.device, sizes: tuple[int, int], pairs: tuple) -> Tensor
     )
     table = torch.stack(columns, dim=1)
     if device.type != "cuda":
-        return table
-    # From pinned memory the copy waits for nobody.
-    return table.pin_memory().to(device, non_blocking=True)
+        return table, table
+    # From pinned memory, which stays until the copy is made, it waits for nobody.
+    table = table.pin_memory()
+    return table.to(device, non_blocking=True), table
 
 
 def ema_update(
@@ -113,7 +120,7 @@ def ema_update(
         groups[target.dtype, source.dtype, aligned].append(pair)
     for (target_dtype, source_dtype, aligned), pairs in groups.items():
         sizes = (target_dtype.itemsize, source_dtype.itemsize)
-        table = _table(targets[0].device, sizes, tuple(pairs))
+        table, _ = _table(targets[0].device, sizes, tuple(pairs))
         _ema_update_kernel[(len(table),)](
             table,
             table if momentum_tensor is None else momentum_tensor,

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import register_flop_formula
 from fastssl.kernels.common import collectives, dispatch
 from fastssl.kernels.common.checks import check_shape, check_tensor
 from fastssl.kernels.common.collectives import Group
+from fastssl.kernels.common.eager import custom_op
 from fastssl.kernels.gram_loss import reference
 
 
@@ -82,7 +83,7 @@ def _kernels(backend: str) -> ModuleType:
     return module
 
 
-@torch.library.custom_op("fastssl::gram_loss", mutates_args=())
+@custom_op("fastssl::gram_loss")
 def _gram_loss(
     student: Tensor,
     teacher: Tensor,

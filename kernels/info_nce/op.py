@@ -9,6 +9,7 @@ from fastssl.kernels.common.autograd import reference_gradients
 from fastssl.kernels.common.checks import check_shape, check_tensor
 from fastssl.kernels.common.collectives import Group
 from fastssl.kernels.common.contrastive import LN2, LOG2E, Rows, State
+from fastssl.kernels.common.eager import custom_op
 from fastssl.kernels.info_nce import reference
 
 
@@ -100,7 +101,7 @@ def _check(
         raise ValueError("negatives must not require a gradient (detach them), got one that does")
 
 
-@torch.library.custom_op("fastssl::info_nce", mutates_args=())
+@custom_op("fastssl::info_nce")
 def _info_nce(
     queries: Tensor,
     keys: Tensor,
@@ -180,7 +181,7 @@ def _forward(
         passes.project(gradient, rows, dqueries)
 
 
-@torch.library.custom_op("fastssl::info_nce_backward", mutates_args=())
+@custom_op("fastssl::info_nce_backward")
 def _info_nce_backward(
     dloss: Tensor,
     queries: Tensor,

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastssl.kernels.common import dispatch
 from fastssl.kernels.common.checks import check_int, check_tensor
+from fastssl.kernels.common.eager import custom_op
 from fastssl.kernels.common.flops import counts_no_flops
 from fastssl.kernels.common.philox import derive_key
 from fastssl.kernels.keyed_uniform import reference
@@ -54,7 +55,7 @@ def keyed_uniform(
     )
 
 
-@torch.library.custom_op("fastssl::keyed_uniform", mutates_args=())
+@custom_op("fastssl::keyed_uniform")
 def _keyed_uniform(
     samples: Tensor, num: int, seed: int, epoch: int, view: int, stream: int, backend: str
 ) -> Tensor:

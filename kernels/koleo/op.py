@@ -8,6 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastssl.kernels.common import collectives, dispatch
 from fastssl.kernels.common.collectives import Group
+from fastssl.kernels.common.eager import custom_op
 from fastssl.kernels.common.flops import counts_no_flops
 from fastssl.kernels.common.gram_checks import check_batch, check_number
 from fastssl.kernels.koleo import reference
@@ -63,7 +64,7 @@ def _kernels(backend: str) -> ModuleType:
     return module
 
 
-@torch.library.custom_op("fastssl::koleo", mutates_args=())
+@custom_op("fastssl::koleo")
 def _koleo(x: Tensor, eps: float, group: str, backend: str) -> list[Tensor]:
     """loss [], and of n own rows among C of all processes: the unit rows [C, D], the lengths, the
     nearest rows and the distances to them, [n] each."""
@@ -91,7 +92,7 @@ def _koleo_fake(x, eps, group, backend):
     ]
 
 
-@torch.library.custom_op("fastssl::koleo_backward", mutates_args=())
+@custom_op("fastssl::koleo_backward")
 def _koleo_backward(
     dloss: Tensor,
     unit: Tensor,

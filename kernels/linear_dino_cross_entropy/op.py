@@ -8,6 +8,7 @@ from fastssl.kernels.common import dispatch
 from fastssl.kernels.common import view_cross_entropy as views
 from fastssl.kernels.common.autograd import reference_gradients
 from fastssl.kernels.common.checks import check_shape, check_tensor
+from fastssl.kernels.common.eager import custom_op
 from fastssl.kernels.common.view_checks import check_terms, check_views
 from fastssl.kernels.linear_dino_cross_entropy import blocks, cuda_kernel, reference
 
@@ -154,7 +155,7 @@ def _product_dtype(features: Tensor, prototypes: Tensor) -> torch.dtype:
     return dtype
 
 
-@torch.library.custom_op("fastssl::linear_dino_cross_entropy", mutates_args=())
+@custom_op("fastssl::linear_dino_cross_entropy")
 def _linear_dino_cross_entropy(
     student_features: Tensor,
     student_prototypes: Tensor,
@@ -236,7 +237,7 @@ def _linear_dino_cross_entropy_fake(
     )
 
 
-@torch.library.custom_op("fastssl::linear_dino_cross_entropy_backward", mutates_args=())
+@custom_op("fastssl::linear_dino_cross_entropy_backward")
 def _linear_dino_cross_entropy_backward(
     dloss: Tensor,
     student_features: Tensor,

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import register_flop_formula
 from fastssl.kernels.common import dispatch
 from fastssl.kernels.common.autograd import reference_gradients
 from fastssl.kernels.common.checks import check_int, check_tensor
-from fastssl.kernels.common.eager import direct
+from fastssl.kernels.common.eager import custom_op, direct
 from fastssl.kernels.mask_unit_attention import reference
 
 # The compiled kernels hold the scores of a block of queries with all keys of a unit.
@@ -88,7 +88,7 @@ def mask_unit_attention(
     return _call(qkv.contiguous(), num_heads, unit_size, q_stride, name)
 
 
-@torch.library.custom_op("fastssl::mask_unit_attention", mutates_args=())
+@custom_op("fastssl::mask_unit_attention")
 def _mask_unit_attention(
     qkv: Tensor, num_heads: int, unit_size: int, q_stride: int, backend: str
 ) -> Tensor:
@@ -108,7 +108,7 @@ def _mask_unit_attention_fake(qkv, num_heads, unit_size, q_stride, backend):
     return qkv.new_empty((qkv.shape[0], qkv.shape[1] // q_stride, qkv.shape[2] // 3))
 
 
-@torch.library.custom_op("fastssl::mask_unit_attention_backward", mutates_args=())
+@custom_op("fastssl::mask_unit_attention_backward")
 def _mask_unit_attention_backward(
     dout: Tensor, qkv: Tensor, num_heads: int, unit_size: int, q_stride: int, backend: str
 ) -> Tensor:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastssl.kernels.common import dispatch
 from fastssl.kernels.common.checks import check_int, check_tensor
-from fastssl.kernels.common.eager import direct
+from fastssl.kernels.common.eager import custom_op, direct
 from fastssl.kernels.common.flops import counts_no_flops
 from fastssl.kernels.mask_unit_pool import reference
 
@@ -63,7 +63,7 @@ def mask_unit_pool(
     return out
 
 
-@torch.library.custom_op("fastssl::mask_unit_pool", mutates_args=())
+@custom_op("fastssl::mask_unit_pool")
 def _mask_unit_pool(
     x: Tensor, unit_size: int, q_stride: int, saves: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -94,7 +94,7 @@ def _mask_unit_pool_fake(x, unit_size, q_stride, saves, backend):
     return out, torch.empty_like(out, dtype=torch.uint8) if saves else _nothing(x)
 
 
-@torch.library.custom_op("fastssl::mask_unit_pool_backward", mutates_args=())
+@custom_op("fastssl::mask_unit_pool_backward")
 def _mask_unit_pool_backward(
     dout: Tensor, argmax: Tensor, unit_size: int, q_stride: int, backend: str
 ) -> Tensor:

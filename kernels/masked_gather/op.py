@@ -6,6 +6,7 @@ from torch import Tensor
 from fastssl.kernels.common import dispatch
 from fastssl.kernels.common.autograd import reference_gradients
 from fastssl.kernels.common.checks import INDEX_DTYPES, check_int, check_shape, check_tensor
+from fastssl.kernels.common.eager import custom_op
 from fastssl.kernels.common.flops import counts_no_flops
 from fastssl.kernels.common.positions import with_prefix_rows
 from fastssl.kernels.masked_gather import reference
@@ -78,7 +79,7 @@ def masked_gather(
     )
 
 
-@torch.library.custom_op("fastssl::masked_gather", mutates_args=())
+@custom_op("fastssl::masked_gather")
 def _masked_gather(
     x: Tensor,
     ids_keep: Tensor,
@@ -106,7 +107,7 @@ def _masked_gather_fake(x, ids_keep, pos, num_prefix_tokens, ids_restore, dtype,
     return x.new_empty((x.shape[0], num_rows, x.shape[2]), dtype=dtype)
 
 
-@torch.library.custom_op("fastssl::masked_gather_backward", mutates_args=())
+@custom_op("fastssl::masked_gather_backward")
 def _masked_gather_backward(
     dout: Tensor,
     ids_restore: Tensor,

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastssl.kernels.common import dispatch
 from fastssl.kernels.common.autograd import reference_gradients
 from fastssl.kernels.common.checks import FLOAT_DTYPES, INDEX_DTYPES, check_shape, check_tensor
+from fastssl.kernels.common.eager import custom_op
 from fastssl.kernels.common.flops import counts_no_flops
 from fastssl.kernels.masked_patch_mse import reference
 
@@ -120,7 +121,7 @@ def _scratch(pred: Tensor) -> Tensor:
     return pred.new_empty((workers, pred.shape[2]), dtype=torch.float32)
 
 
-@torch.library.custom_op("fastssl::masked_patch_mse", mutates_args=())
+@custom_op("fastssl::masked_patch_mse")
 def _masked_patch_mse(
     pred: Tensor,
     images: Tensor,
@@ -175,7 +176,7 @@ def _masked_patch_mse_fake(pred, images, mask, patch_size, norm_pix_loss, patch_
     return tuple(pred.new_empty(size, dtype=torch.float32) for size in ((), shape, ()))
 
 
-@torch.library.custom_op("fastssl::masked_patch_mse_backward", mutates_args=())
+@custom_op("fastssl::masked_patch_mse_backward")
 def _masked_patch_mse_backward(
     dloss: Tensor,
     pred: Tensor,

@@ -11,6 +11,7 @@ from fastssl.kernels.common.checks import (
     check_shape,
     check_tensor,
 )
+from fastssl.kernels.common.eager import custom_op
 from fastssl.kernels.common.flops import counts_no_flops
 from fastssl.kernels.common.positions import with_prefix_rows
 from fastssl.kernels.masked_scatter import reference
@@ -75,7 +76,7 @@ def masked_scatter(
         check_tensor("pos", pos, device=device)
         dtype = torch.promote_types(dtype, pos.dtype)
         pos = with_prefix_rows("pos", pos, num_tokens, dim, num_prefix_tokens)
-    mask_token = mask_token.reshape(dim)
+    mask_token = mask_token.reshape(dim).contiguous()
     name = dispatch.choose_backend(OP, backend, x, mask_token, ids_restore, pos)
     if name == "reference":
         if x.dtype != dtype:
@@ -93,7 +94,7 @@ def masked_scatter(
     )
 
 
-@torch.library.custom_op("fastssl::masked_scatter", mutates_args=())
+@custom_op("fastssl::masked_scatter")
 def _masked_scatter(
     x: Tensor,
     mask_token: Tensor,
@@ -126,7 +127,7 @@ def _masked_scatter_fake(x, mask_token, ids_restore, pos, num_prefix_tokens, dty
     return x.new_empty((x.shape[0], num_rows, x.shape[2]), dtype=dtype)
 
 
-@torch.library.custom_op("fastssl::masked_scatter_backward", mutates_args=())
+@custom_op("fastssl::masked_scatter_backward")
 def _masked_scatter_backward(
     dout: Tensor,
     ids_restore: Tensor,

@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensor
 from fastssl.kernels.common import dispatch
 from fastssl.kernels.common.autograd import reference_gradients
 from fastssl.kernels.common.checks import FLOAT_DTYPES, INDEX_DTYPES, check_shape, check_tensor
+from fastssl.kernels.common.eager import custom_op
 from fastssl.kernels.common.flops import counts_no_flops
 from fastssl.kernels.masked_unfold import reference
 from fastssl.kernels.masked_unfold.geometry import (
@@ -128,7 +129,7 @@ def _make_order_tensor(unit_order: tuple[int, ...], device: torch.device) -> Ten
         return torch.tensor(unit_order, dtype=torch.int32, device=device)
 
 
-@torch.library.custom_op("fastssl::masked_unfold", mutates_args=())
+@custom_op("fastssl::masked_unfold")
 def _masked_unfold(
     images: Tensor,  # [B, C, T, H, W], any strides
     ids_keep: Tensor,
@@ -169,7 +170,7 @@ def _masked_unfold_fake(
     return images.new_empty((images.shape[0], num_tokens, num_columns), dtype=dtype)
 
 
-@torch.library.custom_op("fastssl::masked_unfold_backward", mutates_args=())
+@custom_op("fastssl::masked_unfold_backward")
 def _masked_unfold_backward(
     dout: Tensor,
     ids_keep: Tensor,

@@ -9,6 +9,7 @@ from fastssl.kernels.common.autograd import reference_gradients
 from fastssl.kernels.common.checks import check_shape
 from fastssl.kernels.common.collectives import Group
 from fastssl.kernels.common.contrastive import LN2, LOG2E
+from fastssl.kernels.common.eager import custom_op
 from fastssl.kernels.nt_xent import reference
 
 
@@ -60,7 +61,7 @@ def nt_xent(
     return torch.ops.fastssl.nt_xent(z0.contiguous(), z1.contiguous(), *settings)[0]
 
 
-@torch.library.custom_op("fastssl::nt_xent", mutates_args=())
+@custom_op("fastssl::nt_xent")
 def _nt_xent(
     z0: Tensor, z1: Tensor, temperature: Tensor, group: str, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,7 +98,7 @@ def _nt_xent_fake(z0, z1, temperature, group, backend):
     return loss, log2_total, z0.new_empty(everyone)
 
 
-@torch.library.custom_op("fastssl::nt_xent_backward", mutates_args=())
+@custom_op("fastssl::nt_xent_backward")
 def _nt_xent_backward(
     dloss: Tensor,
     z0: Tensor,

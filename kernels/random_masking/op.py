@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastssl.kernels.common import dispatch
 from fastssl.kernels.common.checks import check_int, check_tensor
+from fastssl.kernels.common.eager import custom_op
 from fastssl.kernels.common.flops import counts_no_flops
 from fastssl.kernels.random_masking import reference
 
@@ -52,7 +53,7 @@ def random_masking(
     return torch.ops.fastssl.random_masking(noise.contiguous(), len_keep, name)
 
 
-@torch.library.custom_op("fastssl::random_masking", mutates_args=())
+@custom_op("fastssl::random_masking")
 def _random_masking(noise: Tensor, len_keep: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     if backend == "reference":
         return reference.random_masking(noise, len_keep)

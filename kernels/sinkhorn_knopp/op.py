@@ -9,6 +9,7 @@ from torch import Tensor
 from fastssl.kernels.common import collectives, dispatch
 from fastssl.kernels.common.checks import INDEX_DTYPES, check_int, check_tensor
 from fastssl.kernels.common.collectives import Group
+from fastssl.kernels.common.eager import custom_op
 from fastssl.kernels.common.flops import counts_no_flops
 from fastssl.kernels.sinkhorn_knopp import reference
 
@@ -89,7 +90,7 @@ def sinkhorn_knopp(
     return assignment if materialize else (log_u, log_v)
 
 
-@torch.library.custom_op("fastssl::sinkhorn_knopp", mutates_args=())
+@custom_op("fastssl::sinkhorn_knopp")
 def _sinkhorn_knopp(
     logits: Tensor,
     num_rows: Tensor | None,

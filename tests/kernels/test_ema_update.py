@@ -202,3 +202,12 @@ def test_bad_input_is_named(message):
     with pytest.raises((TypeError, ValueError)) as error:
         F.ema_update(**{**good, **BAD[message]})
     assert message in str(error.value)
+
+
+def test_a_graph_captures_only_what_it_has_met(monkeypatch):
+    """A replay would copy the table of addresses from memory that others have by then."""
+    from fastssl.kernels.ema_update import triton_kernel
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="before a CUDA graph captures it, got 2 pairs"):
+        triton_kernel._table(torch.device("cuda", 0), (4, 4), ((0, 64, 16), (128, 192, 16)))

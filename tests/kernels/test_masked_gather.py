@@ -95,6 +95,19 @@ def test_inverse_computed_inside_is_ids_restore(shape, index_dtype, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("prefix_rows", [0, 1, 2])
+def test_positions_may_lie_in_memory_as_they_like(prefix_rows, backend):
+    P = min(prefix_rows, 1)
+    x, ids_keep, _, _ = make_inputs((2, P, 3, 6, 16), torch.float32, device_of(backend))
+    # As a convolution's output becomes tokens; of two prefix rows the first is not meant.
+    pos = torch.randn(1, 16, prefix_rows + 6, device=x.device).transpose(1, 2)
+    pos = pos[:, 1:] if prefix_rows == 2 else pos
+    assert not pos.is_contiguous()
+    out = run(P, backend)(x, ids_keep, pos)
+    torch.testing.assert_close(out, run(P, "reference")(x, ids_keep, pos), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_takes_what_random_masking_gives(backend):
     noise = torch.rand(3, 50, device=device_of(backend))
     ids_keep, ids_restore, mask = F.random_masking(noise, 20)

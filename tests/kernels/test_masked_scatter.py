@@ -76,6 +76,17 @@ def test_formula_written_out(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("prefix_rows", [0, 1])
+def test_operands_may_lie_in_memory_as_they_like(prefix_rows, backend):
+    x, _, ids_restore, _ = make_inputs((2, 1, 3, 6, 16), torch.float32, device_of(backend))
+    mask_token = torch.randn(1, 1, 32, device=x.device)[..., ::2]
+    pos = torch.randn(1, 16, prefix_rows + 6, device=x.device).transpose(1, 2)
+    out = run(1, backend)(x, mask_token, ids_restore, pos)
+    expected = run(1, "reference")(x, mask_token, ids_restore, pos)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_mixed_dtypes_promote(backend):
     """bf16 tokens with float32 mask token and positions give a float32 residual stream."""
     x, mask_token, ids_restore, pos = make_inputs(
