@@ -17,6 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import report
+from benchmarks.cases_steps import pretraining
 from benchmarks.measure import conditions
 from fastssl import models
 
@@ -59,13 +60,13 @@ def profile_step(name: str, backend: str = "") -> dict[str, object]:
     torch.manual_seed(0)
     model = getattr(models, name)()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
-    images = torch.randn(8, 3, 224, 224)
+    images, forward = torch.randn(8, 3, 224, 224), pretraining(model)
 
     def step() -> float:
         begin = perf_counter()
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(images)[0]
+            loss = forward(images)[0]
         loss.backward()
         optimizer.step()
         return perf_counter() - begin

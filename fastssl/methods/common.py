@@ -45,6 +45,13 @@ def encode(network: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> Tens
     return torch.cat(outputs)
 
 
+def encode_patches(network: Callable[[Tensor], Tensor], patches: Tensor) -> Tensor:
+    """Features [B, P, D] of patches [B, P, C, H, W], which go through patch after patch, each of
+    all images, as `keyed_drops` wants it."""
+    features = network(patches.transpose(0, 1).flatten(0, 1))
+    return features.unflatten(0, (patches.shape[1], patches.shape[0])).transpose(0, 1)
+
+
 def check_views(setting: Setting, method: str, number: int, *, at_least: bool = False) -> None:
     """ValueError unless a batch has this many views."""
     if setting.num_views != number and not (at_least and setting.num_views > number):

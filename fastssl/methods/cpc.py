@@ -17,7 +17,7 @@ from fastssl.data import Batch
 from fastssl.kernels.common.checks import check_int
 from fastssl.losses.common import check_positive
 from fastssl.methods.base import Method, Setting
-from fastssl.methods.common import check_views, num_features
+from fastssl.methods.common import check_views, encode_patches, num_features
 from fastssl.methods.views import NPID as VIEWS
 
 
@@ -94,8 +94,8 @@ class CPC(Method):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         patches = patch_grid(batch.images, self.patch_size, self.stride)
-        features = self.model(patches.flatten(0, 2))
-        latents = features.unflatten(0, patches.shape[:3])  # [B, R, S, D]
+        features = encode_patches(self.model, patches.flatten(1, 2))
+        latents = features.unflatten(1, patches.shape[1:3])  # [B, R, S, D]
         context = self.context(latents.movedim(-1, 1)).movedim(1, -1)
         targets = self.target(latents)
         loss = sum(
@@ -107,7 +107,7 @@ class CPC(Method):
             )
             for step, predictor in zip(self.steps, self.predictors, strict=True)
         )
-        return {"loss": loss, "features": features.detach()}
+        return {"loss": loss, "features": features.detach().flatten(0, 1)}
 
 
 def _check_steps(steps: Sequence[int], size: tuple[int, int], patch_size: int, stride: int) -> None:

@@ -14,7 +14,14 @@ from fastssl.kernels.common.checks import check_int
 from fastssl.losses.common import check_fraction
 from fastssl.methods.bank_contrast import BankContrast
 from fastssl.methods.base import Method, Setting
-from fastssl.methods.common import check_views, cut, encode, num_features, rotations
+from fastssl.methods.common import (
+    check_views,
+    cut,
+    encode,
+    encode_patches,
+    num_features,
+    rotations,
+)
 from fastssl.methods.views import MOCO_V1
 
 PRETEXTS = ("jigsaw", "rotation")
@@ -110,8 +117,8 @@ class PIRL(Method):
     def embed_jigsaw(self, images: Tensor, other: Tensor, uniforms: Tensor) -> tuple[Tensor, ...]:
         """Features [B, D] of the images, and g of the other view."""
         where, order = uniforms.tensor_split([2 * _PATCHES], dim=1)
-        patches = jigsaw_patches(other, where, self.patch_size).flatten(0, 1)
-        embedded = self.patch_head(self.model(patches)).unflatten(0, (len(images), _PATCHES))
+        patches = jigsaw_patches(other, where, self.patch_size)
+        embedded = self.patch_head(encode_patches(self.model, patches))
         order = order.argsort(dim=1, stable=True)[:, :, None].expand_as(embedded)
         shuffled = embedded.gather(1, order)
         return self.model(images), self.pretext_head(shuffled.flatten(1))

@@ -121,7 +121,7 @@ class Hiera(nn.Module, BlockCheckpointing, HubModel):
                     num_heads,
                     mlp_ratio,
                     # Stochastic depth grows linearly up to `drop_path_rate` in the last block.
-                    drop_path_rate * len(self.blocks) / max(self.stage_ends[-1], 1),
+                    drop_path_rate * (len(self.blocks) / max(self.stage_ends[-1], 1)),
                     norm_layer,
                     q_stride=math.prod(q_stride) if before < stage <= q_pool else 1,
                     window_size=self.layouts[stage].num_tokens,

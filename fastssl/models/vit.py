@@ -84,7 +84,7 @@ class ViTEncoder(nn.Module, BlockCheckpointing, HubModel):
                 mlp_ratio,
                 qkv_bias,
                 init_values,
-                drop_path=drop_path_rate * i / max(depth - 1, 1),
+                drop_path=drop_path_rate * (i / max(depth - 1, 1)),
                 norm_layer=norm_layer,
                 ffn_layer=FFN_LAYERS[ffn_layer],
             )

@@ -12,6 +12,8 @@ class BlockCheckpointing:
 
     What the block made of it is computed again in backward, with the same random numbers: about a
     third more work for the memory of one block.
+
+    A block with a `drop_path` and a number `num_drops` of branches takes `drops`, see `DropPath`.
     """
 
     grad_checkpointing = False

@@ -31,12 +31,15 @@ def keyed_drops(
     epoch: int = 0,
     view: int = 0,
 ) -> Iterator[None]:
-    """Within, the models' stochastic depth is a function of these keys, as of `keyed_uniform`.
+    """Within, stochastic depth of this library's models is a function of these keys, as of
+    `keyed_uniform`.
 
-    A sample's branches are dropped or kept whatever rank, micro-batch or attempt it comes in. That
-    holds at rates to 0.1. Above, each call of a block keeps a number of its samples, so that others
-    in the micro-batch matter, too. Inputs of models are whole batches [B, ...], or [V * B, ...],
-    view after view. Of other numbers of samples decisions are torch's, as they are without this.
+    A sample's branches are dropped or kept whatever rank, micro-batch or attempt it comes in. Where
+    only kept branches are computed, at rates above 0.1, each call of a block keeps a number of its
+    samples, so that others in the micro-batch matter, too. Inputs of models are whole batches
+    [B, ...], or [V * B, ...], view after view; of other numbers of samples decisions are torch's,
+    as they are without this. `set_grad_checkpointing` draws nothing again; to checkpoint a whole
+    model by hand would. A compiled model is compiled once for each of its calls within.
     """
     if _keys.ids is not None:
         raise RuntimeError("keyed_drops cannot be entered within itself")
@@ -52,14 +55,17 @@ def keyed_drops(
 
 def drops_of(block: nn.Module, rows: int) -> Tensor | None:
     """Uniform numbers [rows, block.num_drops], by which this call of `block` drops; None where it
-    drops nothing or no keys are given."""
+    drops nothing, has no `num_drops`, or no keys are given."""
     ids, drop_path = _keys.ids, getattr(block, "drop_path", None)
-    if ids is None or not isinstance(drop_path, DropPath) or not drop_path.is_active:
+    num_drops = getattr(block, "num_drops", None)
+    is_active = isinstance(drop_path, DropPath) and drop_path.is_active
+    if ids is None or num_drops is None or not is_active:
         return None
-    copies, rest = divmod(rows, ids.shape[0])
-    if rest:
+    batch = ids.shape[0]
+    if rows == 0 or batch == 0 or rows % batch:
         return None
-    uniforms = F.keyed_uniform(ids, copies * block.num_drops, seed=0, stream=_keys.num_calls)
+    copies = rows // batch
+    uniforms = F.keyed_uniform(ids, copies * num_drops, seed=0, stream=_keys.num_calls)
     _keys.num_calls += 1
     return uniforms.unflatten(1, (copies, -1)).transpose(0, 1).flatten(0, 1)
 
@@ -74,7 +80,8 @@ class DropPath(nn.Module):
 
     The branches kept are divided by 1 - drop_prob, so that the expectation stays. Input
     [B, ...] of any shape; the identity in evaluation and for `drop_prob=0`. Called, it drops the
-    values of a branch that was computed; `add_branch` spares the work.
+    values of a branch that was computed; `add_branch` spares the work. A block takes the uniform
+    numbers that decide for its `num_drops` branches as `drops` [B, num_drops], see `keyed_drops`.
     """
 
     def __init__(self, drop_prob: float = 0.0) -> None:
@@ -122,7 +129,11 @@ class DropPath(nn.Module):
         Kept are those with the smallest `uniform` [B]; None: torch's generator decides.
         """
         batch, device = x.shape[0], x.device
-        order = torch.randperm(batch, device=device) if uniform is None else uniform.argsort()
+        order = (
+            torch.randperm(batch, device=device)
+            if uniform is None
+            else uniform.argsort(stable=True)
+        )
         kept = order[: self.num_kept(batch)]
         added = branch(source.index_select(0, kept))
         dtype = torch.promote_types(x.dtype, added.dtype)

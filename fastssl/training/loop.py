@@ -42,8 +42,8 @@ def train(config: Config, *, resume: bool | Path = False, profile: bool = False)
 
     In one process, or under torchrun in each of several. A step is a function of the configuration
     and of its number: a run that was interrupted and resumed ends with the same parameters, and
-    any number of ranks draws the same batches, crops and masks, and drops the same branches at
-    rates to 0.1 of stochastic depth.
+    any number of ranks draws the same batches, crops and masks and, of this library's encoders with
+    stochastic depth to a rate of 0.1, drops the same branches.
 
     Raises:
         ValueError: a value in the configuration cannot be used; it is named.

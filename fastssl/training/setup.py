@@ -226,7 +226,8 @@ def method_and_optimizer(
         distributed.fill(method, world, tensors)
     optimizer = optimizer_of(config, method)
     _check_schedules(config, method, optimizer)
-    # What still draws from the global generators (stochastic depth) differs between ranks.
+    # What still draws from the global generators (dropout, other libraries' stochastic depth)
+    # differs between ranks.
     _seed(config.seed + 1 + world.rank)
     return method, optimizer
 

@@ -16,6 +16,7 @@ NPID = "npid"
 PIRL = "pirl"
 CPC = "cpc"
 VIT = {"model": "VisionTransformer", "model_args": TINY_VIT}
+DROPPING = VIT | {"model_args": {**TINY_VIT, "drop_path_rate": 0.1}}
 BATCH_NORM = {"model_args": {"batch_norm": True}, "accumulates": False}
 SAMPLED = {"output_dim": 6, "num_negatives": 5}
 WHOLE = {"output_dim": 6, "num_negatives": None}
@@ -42,6 +43,8 @@ CASES = {
     "cpc": Case(CPC, GRID, accumulates=False),
     "cpc_batch_norm": Case(CPC, GRID, **BATCH_NORM),
     "cpc_vit": Case(CPC, GRID | {"steps": [2]}, accumulates=False, **VIT),
+    "pirl_jigsaw_drop_path": Case(PIRL, JIGSAW, **DROPPING),
+    "cpc_drop_path": Case(CPC, GRID | {"steps": [2]}, accumulates=False, **DROPPING),
 }
 
 

@@ -17,7 +17,9 @@ from torch.nn import functional as F
 
 from fastssl import models
 from fastssl.models import MaskedAutoencoderHiera
+from fastssl.models.mae_hiera import FusionHead
 from fastssl.models.transformers_keys import official
+from fastssl.nn.mask_units import UnitLayout
 from tests.models.test_hiera import CLIP
 from tests.models.vit_keys import assert_relative, randomise
 
@@ -79,6 +81,32 @@ def test_parity_with_transformers(size, q_pool, norm_pix_loss):
     assert grads.keys() == dict(ours.named_parameters()).keys()
     for name, parameter in ours.named_parameters():
         assert_relative(parameter.grad, grads[name], TOLERANCE, name)
+
+
+@pytest.mark.parametrize(
+    "shape, stride", [((8, 8), (2, 2)), ((4, 8), (1, 2)), ((1, 8, 8), (1, 2, 2))]
+)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_fusion_head_is_a_convolution_of_each_unit(shape, stride, dtype):
+    torch.manual_seed(0)
+    layout = UnitLayout(shape, stride, 2)
+    head = FusionHead(6, 10, layout)
+    B, K = 2, 3
+    units = torch.randn(B * K, *shape, 6)
+    x = layout.unroll(units).unflatten(0, (B, K)).flatten(1, 2).requires_grad_()
+    convolution = torch.conv2d if len(shape) == 2 else torch.conv3d
+    kernel = head.weight.shape[2:]
+    wanted = convolution(units.movedim(-1, 1), head.weight, head.bias, stride=kernel).movedim(1, -1)
+    # What remains of a unit is read in the order of its layout.
+    rest = UnitLayout(layout.final_shape, stride, 0)
+    wanted = rest.unroll(wanted).unflatten(0, (B, K)).flatten(1, 2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
+        actual = head(x)
+    assert actual.dtype == (dtype or torch.float32) and actual.is_contiguous()
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype else {}
+    torch.testing.assert_close(actual.float(), wanted, **tolerance)
+    actual.float().square().sum().backward()
+    assert x.grad.dtype == torch.float32 and x.grad.abs().min() > 0
 
 
 def test_features_are_of_the_whole_image():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from fastssl.models import MaskedAutoencoderHiera, VisionTransformer, XCiT
+from fastssl.models import Hiera, MaskedAutoencoderHiera, VisionTransformer, XCiT
 from fastssl.nn import DropPath, drop_path, keyed_drops
 
 VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 3, "num_heads": 2}
@@ -159,6 +159,36 @@ def test_what_drops_nothing_draws_nothing():
         model.eval()(images)
         vit(0.0).train()(images)
         assert torch.equal(model.train()(images), first)
+
+
+@pytest.mark.parametrize("depth", range(1, 50))
+def test_the_last_block_has_the_rate_itself(depth):
+    model = VisionTransformer(**VIT | {"depth": depth}, drop_path_rate=0.1)
+    # One unit in the last place more, and the last block would compute some samples only.
+    assert all(block.drop_path.train().num_kept(B) == B for block in model.blocks)
+    hiera = Hiera(**HIERA | {"stages": (1, depth)} | {"q_pool": 1}, drop_path_rate=0.1)
+    assert all(block.drop_path.train().num_kept(B) == B for block in hiera.blocks)
+
+
+def test_what_cannot_be_keyed_is_torchs_and_no_error():
+    model = vit(0.1).train()
+    with keyed_drops(torch.arange(0), seed=3):
+        assert model(torch.randn(2, 3, 16, 16)).shape[0] == 2
+    with keyed_drops(torch.arange(B), seed=3):
+        assert model(torch.randn(0, 3, 16, 16)).shape[0] == 0
+
+    class Own(nn.Module):
+        """A block as a user may have it: it drops, and knows nothing of keys."""
+
+        def __init__(self):
+            super().__init__()
+            self.drop_path = DropPath(0.1)
+
+        def forward(self, x):
+            return x + self.drop_path(x)
+
+    with keyed_drops(torch.arange(B), seed=3):
+        assert model.run_block(Own().train(), torch.randn(B, 4)).shape == (B, 4)
 
 
 def test_keys_end_with_their_context():

@@ -246,7 +246,7 @@ def test_accumulation_equals_the_big_batch(images, tmp_path, model):
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_stochastic_depth_is_the_samples_own(images, tmp_path, monkeypatch):
+def test_the_loop_keys_stochastic_depth(images, tmp_path, monkeypatch):
     plain = trained(train(tiny_config(images, tmp_path, "name=plain", model=DINO)))
     real, seen = nn.DropPath.draw, []
 
