@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -179,11 +179,14 @@ class Loader:
         atexit.register(self._end)
         try:
             # Pixels travel as bytes, a quarter of the floats, to this process and the GPU.
-            for batch in _moved(self._loader, self.device):
+            for batch in _moved(self._loader, self.device, self._made):
                 self.skipped.update(batch.skipped or {})
-                yield replace(batch, views=self._views(batch), decoded=None)
+                yield batch
         finally:
             self._end()
+
+    def _made(self, batch: Batch) -> Batch:
+        return replace(batch, views=self._views(batch), decoded=None)
 
     def _views(self, batch: Batch) -> tuple[Tensor, ...]:
         if batch.decoded is not None:
@@ -200,16 +203,19 @@ class Loader:
         atexit.unregister(self._end)
 
 
-def _moved(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """The batches on `device`. To a GPU the next one is on its way while one is worked on."""
+def _moved(
+    batches: Iterable[Batch], device: torch.device, finish: Callable[[Batch], Batch]
+) -> Iterator[Batch]:
+    """The batches on `device`, finished there. For a GPU that happens to the next one while one is
+    worked on, on a stream of its own: what the host waits for is of that stream alone."""
     if device.type != "cuda":
-        yield from (batch.to(device) for batch in batches)
+        yield from (finish(batch.to(device)) for batch in batches)
         return
     stream = torch.cuda.Stream(device)
     ready = None
     for batch in batches:
         with torch.cuda.stream(stream):
-            following = batch.to(device, non_blocking=True), stream.record_event()
+            following = finish(batch.to(device, non_blocking=True)), stream.record_event()
         if ready is not None:
             yield _arrived(*ready)
         ready = following
@@ -217,10 +223,10 @@ def _moved(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
         yield _arrived(*ready)
 
 
-def _arrived(batch: Batch, copied: torch.cuda.Event) -> Batch:
-    """For the current stream, which waits for this copy, not for the next."""
+def _arrived(batch: Batch, made: torch.cuda.Event) -> Batch:
+    """For the current stream, which waits for this batch, not for the next."""
     current = torch.cuda.current_stream(batch.index.device)
-    current.wait_event(copied)
+    current.wait_event(made)
     # Its memory belongs to the other stream, which must not use it again before this one is done.
     batch.record_stream(current)
     return batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,11 +76,18 @@ class RandomResizedCrop:
         return torch.from_numpy(np.array(crop)).permute(2, 0, 1)
 
 
+@functools.lru_cache(maxsize=64)
+def _in_bytes(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Both times 255. Kept, since the host waits for a copy to a GPU."""
+    return torch.tensor(mean, device=device) * 255, torch.tensor(std, device=device) * 255
+
+
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 [B, 3, ...] -> float32, (x / 255 - mean) / std per channel."""
     shape = (1, len(mean), *[1] * (images.dim() - 2))
-    shift = torch.tensor(mean, device=images.device).reshape(shape) * 255
-    spread = torch.tensor(std, device=images.device).reshape(shape) * 255
+    shift, spread = (x.reshape(shape) for x in _in_bytes(tuple(mean), tuple(std), images.device))
     return images.to(torch.float32, memory_format=torch.contiguous_format).sub(shift).div_(spread)
 
 

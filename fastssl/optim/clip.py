@@ -6,8 +6,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from fastssl.optim.layerwise import local, whole_norms
 
@@ -28,13 +26,13 @@ def clip_gradients(
     if by not in CLIPPED:
         raise ValueError(f"by must be one of {', '.join(CLIPPED)}, got {by!r}")
     parameters = [p for p in parameters if p.grad is not None]
-    if max_norm is not None and by == "parameter":
-        gradients = [local(p.grad) for p in parameters]
-        norms = whole_norms(gradients, parameters)
-        factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, list(factors.unbind()))
-        return norms.square().sum().sqrt()
-    norm = get_total_norm([p.grad for p in parameters])
+    if not parameters:
+        return torch.zeros(())
+    gradients = [local(p.grad) for p in parameters]
+    norms = whole_norms(gradients, parameters)
+    norm = torch.linalg.vector_norm(norms)
     if max_norm is not None:
-        clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        dtype = gradients[0].dtype
+        factors = (max_norm / ((norm if by == "whole" else norms) + 1e-6)).clamp(max=1.0).to(dtype)
+        torch._foreach_mul_(gradients, factors if by == "whole" else list(factors.unbind()))
+    return norm.float()

@@ -193,8 +193,11 @@ def _save_tensors(
     writing: Path, tensors: dict[str, dict[str, Tensor]], group: dist.ProcessGroup | None
 ) -> None:
     """OSError on all ranks where the disk failed one."""
+    on_cpu = all(t.device.type == "cpu" for named in tensors.values() for t in named.values())
+    # Looking ahead is for tensors of a GPU, whose context a thread would make for nothing else.
+    ahead = {"per_thread_copy_ahead": 0} if on_cpu else {}
     try:
-        dcp.save(tensors, storage_writer=_Writer(writing), process_group=group)
+        dcp.save(tensors, storage_writer=_Writer(writing, **ahead), process_group=group)
     except dcp.api.CheckpointException as error:
         causes = [cause for cause, _ in error.failures.values()]
         if all(isinstance(cause, OSError) for cause in causes):

@@ -21,7 +21,8 @@ def rng_state() -> dict[str, Any]:
         "numpy": [name, keys.tolist(), position, has_gauss, cached],
         "torch": _encode(torch.get_rng_state()),
     }
-    if torch.cuda.is_available():
+    # Of a process that uses no GPU the question itself would make it use one.
+    if torch.cuda.is_initialized():
         state["cuda"] = _encode(torch.cuda.get_rng_state())
     return state
 

@@ -129,7 +129,7 @@ def uses_bf16(config: Config, device: torch.device) -> bool:
         return config.train.precision == "bf16"
     if device.type == "cpu":
         return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.cuda.is_bf16_supported()
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def gathers_bf16(config: Config, device: torch.device) -> bool:

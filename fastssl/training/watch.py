@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -95,12 +96,13 @@ class CollapseWatch:
         self._features = features[: -(-_MAX_ROWS // collectives.world_size())].detach().clone()
 
     def measure(self) -> dict[str, float]:
-        """feature_std and rankme of what was seen last, of all ranks' rows; {} for nothing."""
+        """feature_std and rankme of what was seen last, of all ranks' rows; {} for nothing, and on
+        ranks that write no log."""
         if self._features is None:
             return {}
         rows = torch.cat(distributed.gather(self._features.float().cpu()))
         self._features = None
-        if not rows.isfinite().all():
+        if (dist.is_initialized() and dist.get_rank() > 0) or not rows.isfinite().all():
             return {}
         return {"feature_std": feature_std(rows), "rankme": rankme(rows)}
 

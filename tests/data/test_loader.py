@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -313,7 +314,7 @@ def test_each_worker_has_so_many_micro_batches_ready(folder, prefetch):
     batches.close()
 
 
-def test_the_next_batch_is_copied_before_the_present_one_is_worked_on(folder, monkeypatch):
+def test_the_next_batch_is_made_before_the_present_one_is_worked_on(folder, monkeypatch):
     """The order of events on a GPU, with a stream that only writes down what it is asked."""
     events = []
 
@@ -328,25 +329,47 @@ def test_the_next_batch_is_copied_before_the_present_one_is_worked_on(folder, mo
             events.append(f"wait for {event}")
 
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    within = []
+
+    @contextlib.contextmanager
+    def entered(stream):
+        within.append(stream)
+        yield
+        within.pop()
+
+    monkeypatch.setattr(torch.cuda, "stream", entered)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
-    monkeypatch.setattr(Batch, "record_stream", lambda self, stream: None)
+    kept = []
+    monkeypatch.setattr(Batch, "record_stream", lambda self, stream: kept.append(self))
     real = batches_of(folder, num_steps=3)
     numbers = {id(batch): i for i, batch in enumerate(real)}
 
     def copy(batch, device, non_blocking):
+        assert within
         events.append(f"copy {numbers[id(batch)]}")
         return batch
 
+    def finish(batch):
+        assert within
+        events.append(f"finish {numbers[id(batch)]}")
+        made = replace(batch)
+        numbers[id(made)] = numbers[id(batch)]
+        return made
+
     monkeypatch.setattr(Batch, "to", copy)
-    for batch in _moved(real, torch.device("cuda")):
+    worked_on = []
+    for batch in _moved(real, torch.device("cuda"), finish):
+        assert not within
+        worked_on.append(batch)
         events.append(f"work on {numbers[id(batch)]}")
     assert events == [
-        *("copy 0", "copy 1", "wait for 1", "work on 0"),
-        *("copy 2", "wait for 2", "work on 1"),
-        *("wait for 5", "work on 2"),
+        *("copy 0", "finish 0", "copy 1", "finish 1", "wait for 2", "work on 0"),
+        *("copy 2", "finish 2", "wait for 4", "work on 1"),
+        *("wait for 8", "work on 2"),
     ]
-    assert list(_moved([], torch.device("cuda"))) == []
+    # What was finished belongs to the other stream, too, and must outlive its use on this one.
+    assert [id(batch) for batch in kept] == [id(batch) for batch in worked_on]
+    assert list(_moved([], torch.device("cuda"), finish)) == []
 
 
 def every_view(folder, **options):

@@ -73,6 +73,12 @@ def test_sharded_is_as_whole(gloo_pool, by):
             torch.testing.assert_close(got, parameter.grad)
 
 
+@pytest.mark.parametrize("by", ["whole", "parameter"])
+def test_without_gradients_there_is_nothing_to_clip(by):
+    module = torch.nn.Linear(2, 2)
+    assert clip_gradients(module.parameters(), 1.0, by=by) == 0
+
+
 def test_a_word_that_is_none_is_refused():
     with pytest.raises(ValueError, match="by must be one of whole, parameter, got 'layer'"):
         clip_gradients(module_with_gradients().parameters(), 1.0, by="layer")

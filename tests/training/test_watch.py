@@ -64,8 +64,9 @@ def of_all_ranks():
 
 def test_measures_are_of_all_ranks(gloo_pool):
     first, second = gloo_pool.run(of_all_ranks, 2)
-    assert first == second
     assert abs(first["rankme"] - 8) < 1e-3
+    # The rank that writes the log measures for all.
+    assert second == {}
 
 
 def test_a_collapse_is_said_once_with_its_beginning():
