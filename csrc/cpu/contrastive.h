@@ -40,7 +40,7 @@ inline Tensor view_of(const Matrix& m) {
 }
 
 // out = beta * out + alpha * a b. Torch's product without its dispatcher, which is thread-safe and,
-// inside a parallel loop, runs on the calling thread alone.
+// inside a parallel loop of more than one task, runs on the calling thread alone.
 __attribute__((noinline)) inline void multiply(const Matrix& out, const Matrix& a, const Matrix& b,
                                                double beta, double alpha) {
   const Tensor to = view_of(out), left = view_of(a), right = view_of(b);

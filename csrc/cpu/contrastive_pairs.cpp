@@ -24,14 +24,15 @@ struct Blocks {
 };
 
 // Calls play(task, i, j) for every pair of `count` (even) teams, those of a round in parallel on
-// `tasks` threads at most.
+// `tasks` threads. Some may have nothing to do: outside of a parallel loop torch's products would
+// use all threads, and sum in another order.
 template <class F>
 void tournament(int64_t count, int64_t tasks, const F& play) {
   const int64_t others = count - 1, games = count / 2;
   for (int64_t round = 0; round < others; ++round) {
-    parallel(std::min(tasks, games), 1, [&](int64_t begin, int64_t end) FASTSSL_LAMBDA {
+    parallel(tasks, 1, [&](int64_t begin, int64_t end) FASTSSL_LAMBDA {
       for (int64_t task = begin; task < end; ++task) {
-        const Range own = part_of(games, task, std::min(tasks, games));
+        const Range own = part_of(games, task, tasks);
         for (int64_t game = own.begin; game < own.end; ++game) {
           // The last team stays, the others move round it.
           const int64_t i = (round + game) % others;
@@ -81,10 +82,9 @@ struct Problem {
   // Calls f(task, block) for every block, in parallel.
   template <class F>
   void for_each_block(const F& f) const {
-    const int64_t count = blocks.count(), used = std::min(tasks, count);
-    parallel(used, 1, [&](int64_t begin, int64_t end) FASTSSL_LAMBDA {
+    parallel(tasks, 1, [&](int64_t begin, int64_t end) FASTSSL_LAMBDA {
       for (int64_t task = begin; task < end; ++task) {
-        const Range own = part_of(count, task, used);
+        const Range own = part_of(blocks.count(), task, tasks);
         for (int64_t i = own.begin; i < own.end; ++i) f(task, blocks[i]);
       }
     });

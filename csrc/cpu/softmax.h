@@ -31,7 +31,9 @@ FASTSSL_INLINE float exp2_fast(float x) {
   // A mask and no branch: the compiler would move the arithmetic into it, and then not vectorise
   // it.
   const uint32_t keep = x < kSmallestExponent ? 0u : 0xffffffffu;
-  return float_of((bits_of(p) + (bits_of(shifted) << 23)) & keep);
+  // The addition would carry some NaNs' low bits into their exponents.
+  const uint32_t nan = x != x ? 0x7fc00000u : 0u;
+  return float_of(((bits_of(p) + (bits_of(shifted) << 23)) & keep) | nan);
 }
 
 // exp(x) for x < 88; the rounding of x * log2(e) costs |x| / 2 more ulp.

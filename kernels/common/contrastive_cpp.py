@@ -36,10 +36,6 @@ def prepare_pair(z0: Tensor, z1: Tensor) -> Rows:
     return Rows(values, inverse, True)
 
 
-def _tasks(steps: int) -> int:
-    return min(steps, torch.get_num_threads())
-
-
 def stream(rows: Rows, columns: Rows, factor: Tensor, state: State) -> None:
     """More keys for the softmax of every row."""
     (num_rows, dim), num_columns = rows.values.shape, columns.values.shape[0]
@@ -51,7 +47,7 @@ def stream(rows: Rows, columns: Rows, factor: Tensor, state: State) -> None:
     size = height * width
     if columns.values.dtype != torch.float32:
         size += width * dim
-    scratch = state.top.new_empty((_tasks(slices * blocks), size))
+    scratch = state.top.new_empty((torch.get_num_threads(), size))
     into = state.slices(slices)
     torch.ops.fastssl_csrc.contrastive_stream(
         *(rows.values, columns.values, float(factor), height, width, scratch),
@@ -72,7 +68,7 @@ def key_gradient(rows: Rows, columns: Rows, factor: Tensor, log2_total: Tensor) 
     """sum_i 2^(score[i, j] - log2_total[i]) row[i] for each column j, [C, D]."""
     num_rows, num_columns = len(rows.values), len(columns.values)
     height, width = min(TILE_ROWS, num_rows), min(TILE_COLUMNS, num_columns)
-    scratch = log2_total.new_empty((_tasks(-(-num_columns // width)), height * width))
+    scratch = log2_total.new_empty((torch.get_num_threads(), height * width))
     gradient = torch.empty_like(columns.values)
     torch.ops.fastssl_csrc.contrastive_key_gradient(
         *(rows.values, columns.values, float(factor), log2_total),
@@ -117,7 +113,7 @@ def _pair_scratch(rows: Rows) -> tuple[int, Tensor]:
     """Rows per block, and a tile per thread."""
     half = len(rows.values) // 2
     size = min(TILE_COLUMNS, half)
-    return size, rows.values.new_empty((_tasks(2 * -(-half // size)), min(TILE_ROWS, half) * size))
+    return size, rows.values.new_empty((torch.get_num_threads(), min(TILE_ROWS, half) * size))
 
 
 def stream_pairs(rows: Rows, columns: Rows, first: int, factor: Tensor, state: State) -> None:

@@ -82,7 +82,7 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tens
     if bias is None:
         return _multiply(x, weight.t(), backend)
     bias = bias.to(x.dtype)
-    if backend == "cpp" and _adds_bias_in_product(x.dtype):
+    if backend == "cpp" and x.numel() > 0 and _adds_bias_in_product(x.dtype):
         # addmm copies the bias into its result first, and then reads it back.
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return functional.linear(x, weight, bias)

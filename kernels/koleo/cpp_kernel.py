@@ -17,9 +17,9 @@ def normalize(x: Tensor, min_length: float) -> tuple[Tensor, Tensor]:
 def nearest(x: Tensor, unit: Tensor, norm: Tensor, first: int, count: int) -> Tensor:  # [count]
     """For rows first.. of `unit` the other row of the largest product, the lowest of equal ones."""
     total = len(unit)
-    blocks, column_blocks = -(-count // BLOCK), -(-total // BLOCK)
-    steps = blocks * (blocks + 1) // 2 if count == total else blocks * column_blocks
-    tasks = min(steps, torch.get_num_threads())
+    # As many as threads, whatever there is to do: a single task would be no parallel loop, and
+    # outside of one torch's products use all threads and sum in another order.
+    tasks = torch.get_num_threads()
     scratch = unit.new_empty((tasks, min(BLOCK, count) * min(BLOCK, total)))
     top = unit.new_empty((tasks, count))
     index = torch.empty_like(top, dtype=torch.int32)

@@ -22,6 +22,6 @@ def koleo(x: Tensor, eps: float, group: Group = None) -> Tensor:  # [N, D] -> []
         nearest = similarity.argmax(dim=1)
     squares = (own - rows[nearest]).square().sum(dim=1)
     # The root has no finite slope at 0: duplicates count, but pull and push nothing.
-    apart = squares > 0
+    apart = squares != 0
     distance = torch.where(apart, torch.where(apart, squares, 1.0).sqrt(), 0.0)
     return -(distance + eps).log().mean()

@@ -225,3 +225,13 @@ def test_bad_input_is_named(message):
     with pytest.raises((TypeError, ValueError)) as error:
         F.linear(**{**good, **BAD[message]})
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("rows, width", [(3, 0), (0, 8), (0, 0)])
+def test_nothing_to_multiply_leaves_the_bias(rows, width, backend):
+    x, weight = torch.randn(rows, width), torch.randn(4, width)
+    bias = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    with torch.autocast("cpu", torch.bfloat16):
+        y = F.linear(x, weight, bias, backend=backend)
+    assert torch.equal(y, bias.bfloat16().expand(rows, 4))
