@@ -29,8 +29,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 DEVICES = ("auto", "cpu", "cuda")
-# How long a rank waits for the others. That one died is seen at once over gloo; this is for one that
-# hangs, and more than any takes to list a large folder or the first to build a large model.
+# How long a rank waits for the others. That one died is seen at once over gloo; this is for one
+# that hangs, and more than any takes to list a large folder or the first to build a large model.
 TIMEOUT = timedelta(minutes=30)
 
 logger = logging.getLogger(__name__)
