@@ -76,18 +76,20 @@ class RandomResizedCrop:
         return torch.from_numpy(np.array(crop)).permute(2, 0, 1)
 
 
-@functools.lru_cache(maxsize=64)
-def _in_bytes(
-    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Both times 255. Kept, since the host waits for a copy to a GPU."""
-    return torch.tensor(mean, device=device) * 255, torch.tensor(std, device=device) * 255
+def _in_bytes(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
+    """[2, C] float32: both times 255."""
+    return (torch.tensor([mean, std], dtype=torch.float32) * 255).to(device)
+
+
+# The host waits for a copy to a GPU.
+_kept_in_bytes = functools.lru_cache(maxsize=64)(_in_bytes)
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 [B, 3, ...] -> float32, (x / 255 - mean) / std per channel."""
     shape = (1, len(mean), *[1] * (images.dim() - 2))
-    shift, spread = (x.reshape(shape) for x in _in_bytes(tuple(mean), tuple(std), images.device))
+    in_bytes = _kept_in_bytes if images.is_cuda else _in_bytes
+    shift, spread = (x.reshape(shape) for x in in_bytes(tuple(mean), tuple(std), images.device))
     return images.to(torch.float32, memory_format=torch.contiguous_format).sub(shift).div_(spread)
 
 

@@ -21,7 +21,7 @@ def clip_gradients(
     "whole": that norm is at most `max_norm` afterwards, and every direction stays what it was.
     "parameter": the norm of each parameter's gradient by itself is, as DINO trains
     (arXiv:2104.14294). None clips nothing. Norms are those of the whole tensors under FSDP2, and
-    never leave the device.
+    never leave the device, one for all parameters.
     """
     if by not in CLIPPED:
         raise ValueError(f"by must be one of {', '.join(CLIPPED)}, got {by!r}")
@@ -32,7 +32,9 @@ def clip_gradients(
     norms = whole_norms(gradients, parameters)
     norm = torch.linalg.vector_norm(norms)
     if max_norm is not None:
-        dtype = gradients[0].dtype
-        factors = (max_norm / ((norm if by == "whole" else norms) + 1e-6)).clamp(max=1.0).to(dtype)
+        factors = (max_norm / ((norm if by == "whole" else norms) + 1e-6)).clamp(max=1.0)
+        if all(gradient.dtype == torch.float32 for gradient in gradients):
+            # One launch for many on a GPU, where both are of one dtype.
+            factors = factors.float()
         torch._foreach_mul_(gradients, factors if by == "whole" else list(factors.unbind()))
     return norm.float()

@@ -75,6 +75,9 @@ def _ema_update_kernel(
             tl.store(target_ptr + i, moved.to(TARGET), mask=inside)
 
 
+_captured: list[Tensor] = []
+
+
 @functools.lru_cache(maxsize=64)
 def _table(device: torch.device, sizes: tuple[int, int], pairs: tuple) -> tuple[Tensor, Tensor]:
     """The kernel's table on `device` for `pairs` of (target address, source address, elements) of
@@ -121,6 +124,9 @@ def ema_update(
     for (target_dtype, source_dtype, aligned), pairs in groups.items():
         sizes = (target_dtype.itemsize, source_dtype.itemsize)
         table, _ = _table(targets[0].device, sizes, tuple(pairs))
+        if table.is_cuda and torch.cuda.is_current_stream_capturing():
+            # The graph knows its address alone.
+            _captured.append(table)
         _ema_update_kernel[(len(table),)](
             table,
             table if momentum_tensor is None else momentum_tensor,

@@ -74,6 +74,27 @@ def test_sharded_is_as_whole(gloo_pool, by):
 
 
 @pytest.mark.parametrize("by", ["whole", "parameter"])
+@pytest.mark.parametrize("max_norm, length", [(0.7, 3.0), (0.05, 3e6)])
+def test_factors_are_not_rounded_to_the_gradients_dtype(by, max_norm, length):
+    dtypes = (torch.bfloat16, torch.float32, torch.float16)
+    module = [torch.nn.Parameter(torch.zeros(1000, dtype=dtype)) for dtype in dtypes]
+    torch.manual_seed(0)
+    for parameter in module:
+        direction = torch.nn.functional.normalize(torch.randn(1000), dim=0)
+        # In float16 no element is infinite, but their norm is.
+        parameter.grad = (direction * length).clamp(-6e4, 6e4).to(parameter.dtype)
+    lengths = torch.stack([p.grad.double().norm() for p in module])
+    norm = clip_gradients(module, max_norm, by=by)
+    torch.testing.assert_close(norm.double(), lengths.norm(), rtol=1e-6, atol=0)
+    wanted = max_norm * (lengths / lengths.norm() if by == "whole" else torch.ones(3))
+    for parameter, length in zip(module, wanted, strict=True):
+        rtol = 1e-6 if parameter.dtype == torch.float32 else 3e-3
+        torch.testing.assert_close(
+            parameter.grad.double().norm(), length.double(), rtol=rtol, atol=0
+        )
+
+
+@pytest.mark.parametrize("by", ["whole", "parameter"])
 def test_without_gradients_there_is_nothing_to_clip(by):
     module = torch.nn.Linear(2, 2)
     assert clip_gradients(module.parameters(), 1.0, by=by) == 0

@@ -8,6 +8,7 @@ import torch
 from fastssl.training import checkpoint, loop
 from fastssl.training.config import load
 from fastssl.training.loop import Run, train
+from fastssl.training.rng import rng_state
 from tests.training.test_checkpoint import POSITION, make, state, step
 from tests.training.tiny import assert_same_tensors, saved_tensors, tiny_config
 
@@ -122,3 +123,30 @@ def test_two_ranks_save_the_same(gloo_pool, images, tmp_path):
     assert list(found) == list(expected) == [f"step_{number:08d}" for number in range(1, 7)]
     for name, tensors in expected.items():
         assert_same_tensors(found[name], tensors)
+
+
+def test_copies_on_the_cpu_are_written_without_asking_for_a_gpu(tmp_path, monkeypatch):
+    """torch's writer looks ahead on the current GPU wherever there is one: the first, in a thread
+    of whatever rank."""
+    asked, real = [], checkpoint._Writer
+
+    def writer(path, **options):
+        asked.append(options)
+        return real(path, **options)
+
+    monkeypatch.setattr(checkpoint, "_Writer", writer)
+    checkpoint._save_tensors(tmp_path / "saved", {"model": {"weight": torch.ones(2)}}, None)
+    assert asked == [{"per_thread_copy_ahead": 0}]
+
+
+def test_generators_of_a_gpu_that_is_not_used_are_left_alone(monkeypatch):
+    def get_rng_state():
+        raise AssertionError("a context was made")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", get_rng_state)
+    assert "cuda" not in rng_state()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.zeros(16, dtype=torch.uint8))
+    assert "cuda" in rng_state()

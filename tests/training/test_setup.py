@@ -5,6 +5,7 @@ import torch
 from fastssl import distributed
 from fastssl.models import MaskedAutoencoderHiera
 from fastssl.training import setup
+from tests.training.tiny import tiny_config
 
 
 @torch._dynamo.config.patch(recompile_limit=8)
@@ -29,3 +30,12 @@ def test_every_kind_of_block_is_compiled():
         model.features(images)
     assert len(graphs) == 16
     torch._dynamo.reset()
+
+
+def test_automatic_precision_takes_no_emulated_bf16(tmp_path, monkeypatch):
+    """torch says that it supports bf16 on GPUs that compute it in float32, several times slower."""
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
+    config = tiny_config(tmp_path, tmp_path, "train.precision=auto")
+    assert not setup.uses_bf16(config, torch.device("cuda"))
