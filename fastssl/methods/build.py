@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import sys
 import types
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ _SIZE_KEYWORDS = {
     "hiera": "input_size",
     "Hiera": "input_size",
 }
+_AUTOENCODERS = (models.MaskedAutoencoderViT, models.MaskedAutoencoderHiera)
 # What has a classifier unless told otherwise.
 _CLASSIFIERS = ("hiera", "Hiera", "resnet", "ResNet", "xcit", "XCiT")
 
@@ -98,9 +100,7 @@ def build_encoder(
     elif name in models.FACTORIES:
         factory = getattr(models, name)
         # torch's own error is a RuntimeError, as are others that must not be taken for this one.
-        for key, value in keywords.items():
-            if isinstance(value, int) and value < 0:
-                raise ValueError(f"model.args.{key} must not be negative, got {value}")
+        _check_arguments("model.args", keywords, factory)
         if name.startswith(_CLASSIFIERS):
             keywords = {"num_classes": 0} | keywords
         for prefix, keyword in _SIZE_KEYWORDS.items():
@@ -130,6 +130,12 @@ def construct(method: type[Method], name: str, setting: Setting, args: Mapping[s
             f"model.name must build a {' or '.join(t.__name__ for t in types)} for method {name}, "
             f"got a {type(setting.encoder).__name__}"
         )
+    if method.encoder_type is nn.Module and isinstance(setting.encoder, _AUTOENCODERS):
+        raise ValueError(
+            f"model.name must build an encoder that returns a feature vector [B, D] for method "
+            f"{name}, got a {type(setting.encoder).__name__}"
+        )
+    _check_arguments("method.args", args, method)
     grid_size = getattr(getattr(setting.encoder, "patch_embed", None), "grid_size", None)
     for view in setting.views if callable(grid_size) else ():
         try:
@@ -143,6 +149,53 @@ def construct(method: type[Method], name: str, setting: Setting, args: Mapping[s
     # A list where a number belongs, an encoder without blocks.
     except (TypeError, IndexError) as error:
         raise ValueError(f"method.args do not fit {name}: {error}") from error
+
+
+def _check_arguments(key: str, args: Mapping[str, Any], made_by: Callable) -> None:
+    """ValueError for a word where a number belongs and the like, and for negative numbers, of which
+    no method or model of this library takes any."""
+    while isinstance(made_by, functools.partial):
+        made_by = made_by.func
+    hints, is_ours = _hints(made_by), made_by.__module__.startswith("fastssl.")
+    for name, value in args.items():
+        if not _fits(value, hints.get(name, Any)):
+            kind = hints[name]
+            wanted = kind.__name__ if isinstance(kind, type) else str(kind)
+            raise ValueError(f"{key}.{name} must be {wanted}, got {value!r}")
+        if is_ours and isinstance(value, (int, float)) and value < 0:
+            raise ValueError(f"{key}.{name} must not be negative, got {value}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value of a configuration is of a kind; of one that is not plain it may be."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return any(_fits(value, one) for one in typing.get_args(kind))
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind) if kind in (bool, str, types.NoneType) else True
+
+
+def _hints(factory: Callable) -> dict[str, Any]:
+    """The kinds of a class's or a factory's keywords, those of what it passes others on to too."""
+    if not isinstance(factory, type):
+        hints = _own_hints(factory)
+        made = hints.pop("return", None)
+        return (_hints(made) if isinstance(made, type) else {}) | hints
+    hints = {}
+    for cls in factory.__mro__:
+        if "__init__" in vars(cls):
+            hints = _own_hints(cls.__init__) | hints
+    return hints
+
+
+def _own_hints(function: Callable) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(function)
+    except NameError:
+        # Names that a user's file has for type checkers only.
+        return {}
 
 
 def _keywords(method: type[Method]) -> list[str]:

@@ -17,8 +17,9 @@ from fastssl.models.transformers_keys import is_transformers, official
 # Where the official files keep the weights, the first found wins: mae, hiera, dino and dinov2 (the
 # teacher is what they evaluate), I-JEPA (the same), and the plain trainers' name.
 CONTAINERS = ("model", "model_state", "teacher", "student", "target_encoder", "state_dict")
-# The weights in a folder, the first found wins: of save_pretrained, of a run, of transformers.
-IN_FOLDERS = ("model.safetensors", "weights.pth", "pytorch_model.bin")
+# The weights in a folder, the first found wins: of save_pretrained, of a run, of an export as a
+# checkpoint, of transformers.
+IN_FOLDERS = ("model.safetensors", "weights.pth", "checkpoint.pth", "pytorch_model.bin")
 
 _scalar = np.float64(0).__reduce__()[0]
 # Official files hold the parsed command line beside the weights, and losses as NumPy's scalars.

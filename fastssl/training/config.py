@@ -496,6 +496,14 @@ def check(config: Config) -> None:
         value = getattr(config.log, name)
         if value is not None and not value > 0:
             raise ValueError(f"log.{name} must be positive, got {value}")
+    if config.optim.clip_grad is not None and not config.optim.clip_grad > 0:
+        raise ValueError(f"optim.clip_grad must be positive, got {config.optim.clip_grad}")
+    for name in ("lr", "weight_decay"):
+        schedule = getattr(config.schedules, name)
+        for key in ("base", "start", "final"):
+            value = getattr(schedule, key)
+            if value is not None and not value >= 0:
+                raise ValueError(f"schedules.{name}.{key} must not be negative, got {value}")
     if min(views.std) <= 0:
         raise ValueError(f"views.std must be positive, got {views.std}")
     if not config.name or Path(config.name).name != config.name or config.name in (".", ".."):

@@ -238,9 +238,25 @@ def test_malformed_overrides(number):
     [
         ("photos_ijepa", "method.args.target_scale=0.5", "method.args do not fit ijepa: 'float'"),
         ("photos_ijepa", "model.args.depth=0", "method.args do not fit ijepa: index 0"),
-        ("photos_npid", "method.args.temperature=[1]", "method.args do not fit npid: '<'"),
+        (
+            "photos_npid",
+            "method.args.temperature=[1]",
+            "method.args.temperature must be float, got",
+        ),
+        ("photos_npid", "method.args.output_dim=-1", "method.args.output_dim must not be negative"),
+        ("photos_ibot", "method.args.patch_weight=abc", "method.args.patch_weight must be float"),
+        ("photos_dino", "method.args.norm_last_layer=flase", "method.args.norm_last_layer must be"),
+        ("photos", "model.args.norm_pix_loss=3", "model.args.norm_pix_loss must be bool, got 3"),
+        ("photos_ijepa", "model.args.depth=1.5", "model.args.depth must be int, got 1.5"),
+        ("photos", "optim.clip_grad=-1", "optim.clip_grad must be positive, got -1.0"),
+        ("photos", "schedules.lr.base=-1", "schedules.lr.base must not be negative, got -1.0"),
+        (
+            "photos_simclr",
+            "model={name: mae_vit_base_patch16, args: {}}",
+            "model.name must build an encoder that returns a feature vector [B, D] for method sim",
+        ),
         ("photos_simclr", "model.args.width=-1", "model.args.width must not be negative, got -1"),
-        ("photos", "model.args.embed_dim='%'", "model.args do not fit mae_vit_base_patch16: inc"),
+        ("photos", "model.args.embed_dim='%'", "model.args.embed_dim must be int, got '%'"),
     ],
 )
 def test_arguments_of_methods_and_models_that_are_no_such_thing(recipe, override, sentence, capsys):

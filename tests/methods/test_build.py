@@ -135,3 +135,19 @@ def test_views_of_one_size_go_through_together():
     assert calls == [(4, 3, 8, 8), (6, 3, 4, 4)]
     expected = [view.mean(dim=(2, 3)) for view in (*large, *small)]
     torch.testing.assert_close(out, torch.cat(expected))
+
+
+class Own(Method):
+    """A user's method, whose arguments are its own affair."""
+
+    def __init__(self, setting: Setting, *, shift: float = 0.0, flag: bool = False) -> None:
+        super().__init__()
+        self.model, self.shift, self.flag = setting.encoder, shift, flag
+
+
+def test_arguments_of_a_users_method_may_be_negative_but_not_of_another_kind():
+    name, model = "tests.methods.test_build:Own", "vit_tiny"
+    options = {"model": model, "model_args": {"depth": 1}, "image_size": 32}
+    assert build_method(name, args={"shift": -1}, **options).shift == -1
+    with pytest.raises(ValueError, match=r"method.args.flag must be bool, got 'no_way'"):
+        build_method(name, args={"flag": "no_way"}, **options)

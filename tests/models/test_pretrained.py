@@ -364,7 +364,9 @@ def test_whole_method_of_a_run(tmp_path):
     assert sorted(report.unused) == sorted(report.unexpected)
 
 
-@pytest.mark.parametrize("name", ["weights.pth", "model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    "name", ["weights.pth", "model.safetensors", "checkpoint.pth", "pytorch_model.bin"]
+)
 def test_folder_of_a_model(name, tmp_path):
     source, model = vit(), vit()
     if name.endswith("safetensors"):
