@@ -1,6 +1,6 @@
 """Fast self-supervised pretraining of vision encoders: fused kernels behind drop-in modules."""
 
-from fastssl import functional
+from fastssl import functional, optim
 from fastssl.losses import (
     BarlowTwinsLoss,
     DINOLoss,
@@ -57,4 +57,5 @@ __all__ = [
     "functional",
     "iBOTPatchLoss",
     "load_pretrained",
+    "optim",
 ]

@@ -22,7 +22,14 @@ def introduction(config: Config, world: World, method: nn.Module, data: str, ste
     millions = sum(p.numel() for p in method.parameters()) / 1e6
     start = f"going on after step {step}" if step else "starting"
     lr = config.schedules.lr
-    warm = min(lr.hold_steps + lr.warmup_steps, max(train.steps - 1, 0))
+    warm_up = lr.hold_steps + lr.warmup_steps
+    warm = min(warm_up, max(train.steps - 1, 0))
+    warning = []
+    if warm_up >= train.steps > 0:
+        warning.append(
+            f"warning: the warm-up of the learning rate takes {warm_up} steps "
+            f"(schedules.lr.hold_steps + warmup_steps), the whole run {train.steps}"
+        )
     return "\n".join(
         [
             f"{config.method.name} with {config.model.name}, {millions:.2f} M parameters",
@@ -32,6 +39,7 @@ def introduction(config: Config, world: World, method: nn.Module, data: str, ste
             f"{'bf16' if uses_bf16(config, world.device) else 'fp32'} on {world.device.type}",
             f"{start}, {train.steps} steps in all; learning rate after the warm-up "
             f"{scheduled(config, warm)['lr']:.2e}",
+            *warning,
         ]
     )
 

@@ -226,6 +226,13 @@ def test_a_run_goes_on_from_two_ranks_to_two_copies_of_two_to_one(
         torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("steps", [4, 9])
+def test_a_warm_up_that_outlasts_the_run_is_said(images, tmp_path, capsys, steps):
+    train(tiny_config(images, tmp_path, f"schedules.lr.warmup_steps={steps}"))
+    said = f"warning: the warm-up of the learning rate takes {steps} steps"
+    assert (said in capsys.readouterr().out) == (steps > 6)
+
+
 def test_a_finished_run_that_is_resumed_stays_as_it_is(images, tmp_path):
     config = tiny_config(images, tmp_path)
     folder = train(config)
