@@ -355,7 +355,7 @@ def test_missing_parts_are_named(run, tmp_path, capsys):
     for text, said in (
         ("a: [", "config.yaml is not YAML"),
         ("- a", "config.yaml must hold keys and values"),
-        ("model: {args: {depth: many}}", "model.args do not fit"),
+        ("model: {args: {depth: many}}", "model.args.depth must be int, got 'many'"),
         ("method: {args: {mask_ratio: x}}", "config.yaml must describe a method"),
     ):
         (tmp_path / "config.yaml").write_text(text)

@@ -100,7 +100,8 @@ def build_encoder(
     elif name in models.FACTORIES:
         factory = getattr(models, name)
         # torch's own error is a RuntimeError, as are others that must not be taken for this one.
-        _check_arguments("model.args", keywords, factory)
+        _check_not_negative("model.args", keywords, factory)
+        _check_kinds("model.args", keywords, factory)
         if name.startswith(_CLASSIFIERS):
             keywords = {"num_classes": 0} | keywords
         for prefix, keyword in _SIZE_KEYWORDS.items():
@@ -135,7 +136,7 @@ def construct(method: type[Method], name: str, setting: Setting, args: Mapping[s
             f"model.name must build an encoder that returns a feature vector [B, D] for method "
             f"{name}, got a {type(setting.encoder).__name__}"
         )
-    _check_arguments("method.args", args, method)
+    _check_kinds("method.args", args, method)
     grid_size = getattr(getattr(setting.encoder, "patch_embed", None), "grid_size", None)
     for view in setting.views if callable(grid_size) else ():
         try:
@@ -145,25 +146,41 @@ def construct(method: type[Method], name: str, setting: Setting, args: Mapping[s
                 f"views.groups: the encoder does not take {view.size}: {error}"
             ) from error
     try:
-        return method(setting, **args)
+        made = method(setting, **args)
     # A list where a number belongs, an encoder without blocks.
     except (TypeError, IndexError) as error:
         raise ValueError(f"method.args do not fit {name}: {error}") from error
+    except RuntimeError:
+        # torch's, of a tensor of negative size.
+        _check_not_negative("method.args", args, method)
+        raise
+    # What the method itself did not refuse.
+    _check_not_negative("method.args", args, method)
+    return made
 
 
-def _check_arguments(key: str, args: Mapping[str, Any], made_by: Callable) -> None:
-    """ValueError for a word where a number belongs and the like, and for negative numbers, of which
-    no method or model of this library takes any."""
-    while isinstance(made_by, functools.partial):
-        made_by = made_by.func
-    hints, is_ours = _hints(made_by), made_by.__module__.startswith("fastssl.")
+def _check_kinds(key: str, args: Mapping[str, Any], made_by: Callable) -> None:
+    """ValueError for a word where a number belongs and the like."""
+    hints = _hints(_unwrapped(made_by))
     for name, value in args.items():
         if not _fits(value, hints.get(name, Any)):
             kind = hints[name]
             wanted = kind.__name__ if isinstance(kind, type) else str(kind)
             raise ValueError(f"{key}.{name} must be {wanted}, got {value!r}")
+
+
+def _check_not_negative(key: str, args: Mapping[str, Any], made_by: Callable) -> None:
+    """ValueError for numbers below 0, which no method or model of this library takes."""
+    is_ours = _unwrapped(made_by).__module__.startswith("fastssl.")
+    for name, value in args.items():
         if is_ours and isinstance(value, (int, float)) and value < 0:
             raise ValueError(f"{key}.{name} must not be negative, got {value}")
+
+
+def _unwrapped(made_by: Callable) -> Callable:
+    while isinstance(made_by, functools.partial):
+        made_by = made_by.func
+    return made_by
 
 
 def _fits(value: Any, kind: Any) -> bool:
