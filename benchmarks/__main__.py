@@ -102,7 +102,7 @@ def _table(options: argparse.Namespace) -> int:
 
     contents = (
         report.table(rows),
-        *(kind.tables(kind.committed_results()) for kind in (profile, methods)),
+        *(kind.tables(report.committed_results(kind.RESULTS)) for kind in (profile, methods)),
     )
     # All are written, whatever the first was.
     same = all(

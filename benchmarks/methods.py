@@ -172,11 +172,6 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def committed_results() -> list[Path]:
-    """Every file of results; local.json is what nobody commits."""
-    return sorted(path for path in RESULTS.glob("*.json") if path.name != "local.json")
-
-
 def tables(files: Iterable[Path]) -> str:
     """For each file a line that states its conditions, then its table."""
     parts = []

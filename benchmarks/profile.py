@@ -104,11 +104,6 @@ def table(rows: Sequence[report.Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def committed_results() -> list[Path]:
-    """Every file of results; local.json is what nobody commits."""
-    return sorted(path for path in RESULTS.glob("*.json") if path.name != "local.json")
-
-
 def tables(files: Iterable[Path]) -> str:
     """Each file's table under a line with its conditions."""
     parts = []

@@ -27,9 +27,9 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
     return [row for path in paths for row in json.loads(Path(path).read_text())]
 
 
-def committed_results() -> list[Path]:
-    """Every file of results; local.json is what `make bench` writes and nobody commits."""
-    return sorted(path for path in RESULTS.glob("*.json") if path.name != "local.json")
+def committed_results(folder: Path | None = None) -> list[Path]:
+    """Every file of results in a folder, default RESULTS; local.json is what nobody commits."""
+    return sorted(path for path in (folder or RESULTS).glob("*.json") if path.name != "local.json")
 
 
 def file_name(gpu: str | None) -> str:
