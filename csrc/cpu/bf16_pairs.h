@@ -214,17 +214,19 @@ inline int64_t even_block(int64_t M, int64_t most) {
 }
 
 // C [M, N] = A [M, K] B [K, N] by dot products, in blocks that keep up to 28 sums on their way; N a
-// multiple of 16, K even. No row of A past M is read.
-template <bool kPacked, class Store>
+// multiple of 16, K even. No row of A past M is read. Before each block `ahead` may fetch
+// something.
+template <bool kPacked, class Store, class Ahead>
 FASTSSL_PAIRS inline void multiply_dots(const uint32_t* a, int64_t lda, const uint32_t* b,
                                         int64_t ldb, int64_t M, int64_t N, int64_t K,
-                                        const Store& store) {
+                                        const Store& store, Ahead& ahead) {
   const int64_t step = kPacked ? 1 : lda;
   for (int64_t n = 0; n < N; n += 32) {
     const bool two = n + 16 < N;
     const int64_t block = even_block(M, two ? 14 : 16);
     for (int64_t m = 0; m < M; m += block) {
       const int64_t rows = std::min(block, M - m);
+      ahead.fetch();
       if (two) {
         dot_rows<14, 2, kPacked>(rows, a + m * step, lda, b + n, ldb, K, m, n, store);
       } else {
@@ -241,16 +243,20 @@ struct Grain {
 
 inline Grain grain() { return best_unit() == Unit::tiles ? Grain{16, 32} : Grain{1, 2}; }
 
-// C [M, N] = A [M, K] B [K, N], sizes as `grain` says, lda even; B in pairs [K / 2, N].
+// C [M, N] = A [M, K] B [K, N], sizes as `grain` says, lda even; B in pairs [K / 2, N]. `ahead` as
+// above.
+template <class Ahead>
 FASTSSL_PAIRS inline void multiply(const uint16_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
-                                   float* c, int64_t ldc, int64_t M, int64_t N, int64_t K) {
+                                   float* c, int64_t ldc, int64_t M, int64_t N, int64_t K,
+                                   Ahead& ahead) {
   if (best_unit() == Unit::dots) {
     const auto* words = reinterpret_cast<const uint32_t*>(a);
-    return multiply_dots<false>(words, lda / 2, b, ldb, M, N, K, FloatRows{c, ldc});
+    return multiply_dots<false>(words, lda / 2, b, ldb, M, N, K, FloatRows{c, ldc}, ahead);
   }
   for (int64_t m = 0; m < M; m += 32) {
     const uint16_t* rows = a + m * lda;
     for (int64_t n = 0; n < N; n += 32) {
+      ahead.fetch();
       float* to = c + m * ldc + n;
       const bool two_rows = m + 16 < M, two_columns = n + 16 < N;
       if (two_rows && two_columns) {

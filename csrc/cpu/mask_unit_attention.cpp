@@ -249,25 +249,26 @@ FASTSSL_PAIRS void run_pairs(const Geometry& g, const uint16_t* dout, const uint
   pairs::lay_out(g, dout != nullptr, scratch, &buffers);
   std::optional<pairs::Tiles> tiles;
   if (pairs::best_unit() == pairs::Unit::tiles) tiles.emplace();
+  const int64_t num_ahead = pairs::tasks_ahead(g);
   for (int64_t i = tasks.begin; i < tasks.end; ++i) {
     const Task task = task_of(g, num_units, i);
-    if (i + 1 < tasks.end) {
-      // What the next task reads, and what it writes.
-      const Task next = task_of(g, num_units, i + 1);
+    pairs::Upcoming ahead(g, task.units, dout != nullptr);
+    if (i + num_ahead < tasks.end) {
+      const Task next = task_of(g, num_units, i + num_ahead);
       const int64_t rows = next.units * g.unit_size, queries = next.units * g.unit_queries();
-      pairs::prefetch(g, tokens + next.token, rows, g.token_stride(), 3);
+      ahead.add(tokens + next.token, rows, g.token_stride(), 3);
       if (dout) {
-        pairs::prefetch(g, dout + next.query, queries, g.dim(), 1);
-        pairs::prefetch(g, out + next.token, rows, g.token_stride(), 3);
+        ahead.add(dout + next.query, queries, g.dim(), 1);
+        ahead.add(out + next.token, rows, g.token_stride(), 3);
       } else {
-        pairs::prefetch(g, out + next.query, queries, g.dim(), 1);
+        ahead.add(out + next.query, queries, g.dim(), 1);
       }
     }
     if (dout) {
       pairs::backward(g, buffers, dout + task.query, tokens + task.token, task.units,
-                      out + task.token);
+                      out + task.token, ahead);
     } else {
-      pairs::forward(g, buffers, tokens + task.token, task.units, out + task.query);
+      pairs::forward(g, buffers, tokens + task.token, task.units, out + task.query, ahead);
     }
   }
 }

@@ -313,15 +313,52 @@ FASTSSL_PAIRS inline void transpose_pairs(const Buffers& b, const uint32_t* pair
   }
 }
 
-// Fetches one head's channels of `rows` rows, and of the `parts` that lie g.dim() apart in each.
-FASTSSL_PAIRS inline void prefetch(const Geometry& g, const uint16_t* data, int64_t rows,
-                                   int64_t stride, int64_t parts) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t p = 0; p < parts; ++p) {
-      const uint16_t* from = data + r * stride + p * g.dim();
-      for (int64_t c = 0; c < g.head_dim; c += 32) _mm_prefetch(from + c, _MM_HINT_T1);
+// The lines that a task to come reads and writes, fetched a few at a time all along the present
+// one: where dozens are asked for at once, the core waits for them before it goes on.
+class Upcoming {
+ public:
+  // For a present task of `units` units.
+  Upcoming(const Geometry& g, int64_t units, bool backward)
+      : dim_(g.dim()), width_(g.head_dim), turns_(turns(g, units, backward)) {}
+
+  // `parts` that lie g.dim() apart in each of `rows` rows.
+  void add(const uint16_t* data, int64_t rows, int64_t stride, int64_t parts) {
+    for (int64_t p = 0; p < parts; ++p) regions_[count_++] = {data + p * dim_, rows, stride};
+    rows_ += parts * rows;
+    each_ = (rows_ + turns_ - 1) / turns_;
+  }
+  // Inlined, it would take registers from the products.
+  FASTSSL_PAIRS __attribute__((noinline)) void fetch() {
+    for (int64_t n = each_; n > 0 && at_ < count_; --n) {
+      Region& r = regions_[at_];
+      for (int64_t c = 0; c < width_; c += 32) _mm_prefetch(r.data + c, _MM_HINT_T1);
+      r.data += r.stride;
+      at_ += --r.rows == 0;
     }
   }
+
+ private:
+  struct Region {
+    const uint16_t* data;
+    int64_t rows, stride;
+  };
+
+  static int64_t turns(const Geometry& g, int64_t units, bool backward) {
+    const auto blocks = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
+    const int64_t rows = best_unit() == Unit::tiles ? 32 : 14;
+    const int64_t queries = blocks(units * g.unit_queries(), rows);
+    const int64_t keys = units * g.unit_size, width = blocks(g.head_dim, 32);
+    if (!backward) return 3 + queries * (blocks(keys, 32) + width);
+    return 4 + queries * (2 * blocks(keys, 32) + width) + 2 * blocks(keys, rows) * width;
+  }
+
+  Region regions_[7];
+  int64_t dim_, width_, turns_, count_ = 0, at_ = 0, rows_ = 0, each_ = 0;
+};
+
+// How many tasks ahead is early enough: small ones are over before their lines come.
+inline int64_t tasks_ahead(const Geometry& g) {
+  return std::max<int64_t>(1, 48 / (g.group * g.unit_size));
 }
 
 // Rows of a head's channels in bfloat16, their sums times a factor per row where there are some.
@@ -354,12 +391,12 @@ struct WordRows {
 // Products that leave as bfloat16: from the registers, or from tiles by way of b.product.
 FASTSSL_PAIRS inline void multiply_into(const Buffers& b, const uint16_t* left, int64_t ld,
                                         const uint32_t* right, int64_t rows, int64_t width,
-                                        int64_t depth, const WordRows& store) {
+                                        int64_t depth, const WordRows& store, Upcoming& ahead) {
   if (best_unit() == Unit::dots) {
     const auto* words = reinterpret_cast<const uint32_t*>(left);
-    return multiply_dots<false>(words, ld / 2, right, b.width, rows, width, depth, store);
+    return multiply_dots<false>(words, ld / 2, right, b.width, rows, width, depth, store, ahead);
   }
-  multiply(left, ld, right, b.width, b.product, b.width, round_up(rows, 16), width, depth);
+  multiply(left, ld, right, b.width, b.product, b.width, round_up(rows, 16), width, depth, ahead);
   for (int64_t r = 0; r < rows; ++r) {
     const float* sums = b.product + r * b.width;
     for (int64_t c = 0; c < width; c += 16) store(r, c, _mm512_loadu_ps(sums + c));
@@ -374,25 +411,28 @@ inline int64_t query_block(int64_t queries) {
 
 // Some units and one head, to whose channels tokens and out point.
 FASTSSL_PAIRS inline void forward(const Geometry& g, const Buffers& b, const uint16_t* tokens,
-                                  int64_t units, uint16_t* out) {
+                                  int64_t units, uint16_t* out, Upcoming& ahead) {
   const int64_t queries = units * g.unit_queries(), keys = units * g.unit_size;
   const int64_t stride = g.token_stride();
   const Sizes n(g, units);
+  ahead.fetch();
   const Rows q = load_queries(g, b, tokens, units, false);
+  ahead.fetch();
   const uint16_t *k = tokens + g.dim(), *v = k + g.dim();
   pair_columns(k, stride, keys, g.head_dim, b.k_columns, b.keys, n.keys_padded);
+  ahead.fetch();
   pair_rows(v, stride, keys, g.head_dim, b.v_pairs, b.width, n.keys_depth);
   const int64_t block = query_block(queries);
   for (int64_t i = 0; i < queries; i += block) {
     const int64_t rows = std::min(block, queries - i);
     const int64_t all_rows = round_up(rows, grain().rows);
     multiply(q.row(i), q.ld, b.k_columns, b.keys, b.scores, b.keys, all_rows, n.keys_padded,
-             n.width_depth);
+             n.width_depth, ahead);
     float inverses[kQueryBlock];
     const auto softmax = g.group == 1 ? forward_rows<false> : forward_rows<true>;
     softmax(g, b, {i, i + rows}, keys, n.keys_padded, inverses);
     multiply_into(b, b.p, b.keys, b.v_pairs, rows, n.width, n.keys_depth,
-                  {out + i * g.dim(), g.dim(), g.head_dim, inverses});
+                  {out + i * g.dim(), g.dim(), g.head_dim, inverses}, ahead);
   }
 }
 
@@ -412,15 +452,20 @@ FASTSSL_PAIRS inline void store_pooled_row(const Geometry& g, const float* src,
 }
 
 FASTSSL_PAIRS inline void backward(const Geometry& g, const Buffers& b, const uint16_t* dout,
-                                   const uint16_t* tokens, int64_t units, uint16_t* dtokens) {
+                                   const uint16_t* tokens, int64_t units, uint16_t* dtokens,
+                                   Upcoming& ahead) {
   const int64_t queries = units * g.unit_queries(), keys = units * g.unit_size;
   const int64_t stride = g.token_stride();
   const Sizes n(g, units);
+  ahead.fetch();
   const Rows q = load_queries(g, b, tokens, units, true), d = load_dout(g, b, dout, queries);
   const uint16_t *k = tokens + g.dim(), *v = k + g.dim();
+  ahead.fetch();
   pair_columns(k, stride, keys, g.head_dim, b.k_columns, b.keys, n.keys_padded);
+  ahead.fetch();
   pair_columns(v, stride, keys, g.head_dim, b.v_columns, b.keys, n.keys_padded);
   pair_rows(q.data, q.ld, queries, g.head_dim, b.q_pairs, b.width, n.queries_depth);
+  ahead.fetch();
   pair_rows(k, stride, keys, g.head_dim, b.k_pairs, b.width, n.keys_depth);
   pair_rows(d.data, d.ld, queries, g.head_dim, b.dout_pairs, b.width, n.queries_depth);
   const bool tiles = best_unit() == Unit::tiles;
@@ -430,9 +475,9 @@ FASTSSL_PAIRS inline void backward(const Geometry& g, const Buffers& b, const ui
     // Tiles sum over whole tiles of queries below, of which all must be written; dots over pairs.
     const int64_t all_rows = tiles ? kQueryBlock : rows;
     multiply(q.row(i), q.ld, b.k_columns, b.keys, b.scores, b.keys, all_rows, n.keys_padded,
-             n.width_depth);
+             n.width_depth, ahead);
     multiply(d.row(i), d.ld, b.v_columns, b.keys, b.dp, b.keys, all_rows, n.keys_padded,
-             n.width_depth);
+             n.width_depth, ahead);
     if (all_rows % 2) {
       std::fill_n(b.scores + all_rows * b.keys, n.keys_padded, 0.0f);
       std::fill_n(b.dp + all_rows * b.keys, n.keys_padded, 0.0f);
@@ -449,10 +494,11 @@ FASTSSL_PAIRS inline void backward(const Geometry& g, const Buffers& b, const ui
     }
     if (g.q_stride == 1) {
       multiply_into(b, b.ds, b.keys, b.k_pairs, rows, n.width, n.keys_depth,
-                    {dtokens + i * stride, stride, g.head_dim, nullptr});
+                    {dtokens + i * stride, stride, g.head_dim, nullptr}, ahead);
       continue;
     }
-    multiply(b.ds, b.keys, b.k_pairs, b.width, b.product, b.width, all_rows, n.width, n.keys_depth);
+    multiply(b.ds, b.keys, b.k_pairs, b.width, b.product, b.width, all_rows, n.width, n.keys_depth,
+             ahead);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t unit = (i + r) / g.unit_queries(), query = (i + r) % g.unit_queries();
       store_pooled_row(g, b.product + r * b.width, b.argmax + (i + r) * b.width,
@@ -472,14 +518,14 @@ FASTSSL_PAIRS inline void backward(const Geometry& g, const Buffers& b, const ui
   for (const auto& x : products) {
     if (!tiles) {
       multiply_dots<true>(x.pairs, b.keys, x.right, b.width, keys, n.width, n.queries_depth,
-                          x.store);
+                          x.store, ahead);
       continue;
     }
     for (int64_t j = 0; j < keys; j += kQueryBlock) {
       WordRows store = x.store;
       store.data += j * stride;
       multiply_into(b, x.transposed + j * b.queries, b.queries, x.right,
-                    std::min(kQueryBlock, keys - j), n.width, n.queries_depth, store);
+                    std::min(kQueryBlock, keys - j), n.width, n.queries_depth, store, ahead);
     }
   }
 }

@@ -66,10 +66,11 @@ extern "C" void attend(int64_t heads, int64_t head_dim, int64_t unit_size, int64
     for (int64_t head = 0; head < heads; ++head) {
       const int64_t tokens = unit * unit_size * g.token_stride() + head * head_dim;
       const int64_t queries = unit * g.unit_queries() * g.dim() + head * head_dim;
+      pairs::Upcoming ahead(g, units, dout != nullptr);
       if (dout) {
-        pairs::backward(g, buffers, dout + queries, qkv + tokens, units, out + tokens);
+        pairs::backward(g, buffers, dout + queries, qkv + tokens, units, out + tokens, ahead);
       } else {
-        pairs::forward(g, buffers, qkv + tokens, units, out + queries);
+        pairs::forward(g, buffers, qkv + tokens, units, out + queries, ahead);
       }
     }
   }
