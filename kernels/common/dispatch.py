@@ -58,6 +58,12 @@ def is_exporting() -> bool:
     return torch.compiler._is_exporting_flag
 
 
+@torch.compiler.assume_constant_result
+def _backend_of_environment() -> str | None:
+    # Traced, it would compile anew after any change of the environment.
+    return env.backend()
+
+
 def choose_backend(op: Op, requested: str | None, *args: object) -> str:
     """Name of the backend that runs this call.
 
@@ -66,7 +72,7 @@ def choose_backend(op: Op, requested: str | None, *args: object) -> str:
     """
     if is_exporting():
         return "reference"
-    named = requested or env.backend()
+    named = requested or _backend_of_environment()
     if named is not None:
         if named not in op.backends:
             known = ", ".join(op.backends)
