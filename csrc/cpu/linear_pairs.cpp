@@ -62,7 +62,7 @@ void product(const Tensor& x, const Tensor& weight, const float* bias, int64_t n
   const pairs::Out<O> store{output<O>(out), columns, bias};
   prefer_huge_pages(store.data, out.numel() * int64_t(sizeof(O)));
   const int64_t words = pairs::round_up(plan.scratch(), 16);
-  const Scratch<uint32_t> scratch(x, std::min(plan.tasks(), num_threads) * words);
+  const Scratch<uint32_t> scratch(std::min(plan.tasks(), num_threads) * words);
   const auto* rows = input<uint16_t>(x);
   for_each_worker(plan.tasks(), num_threads, [&](int64_t worker, Range tasks) {
     plan.run(rows, scratch.data + worker * words, tasks, pack, store);
@@ -119,8 +119,8 @@ template <class Store>
 void narrow_weight_gradient(const pairs::NarrowWeightGradient& plan, const Tensor& dy,
                             const Tensor& x, float* column_sums, int64_t num_threads,
                             const Store& store) {
-  const Scratch<float> sums(x, plan.parts * plan.part_sums());
-  const Scratch<uint32_t> scratch(x, std::min(plan.tasks(), num_threads) * plan.scratch());
+  const Scratch<float> sums(plan.parts * plan.part_sums());
+  const Scratch<uint32_t> scratch(std::min(plan.tasks(), num_threads) * plan.scratch());
   const auto *dy_ptr = input<uint16_t>(dy), *x_ptr = input<uint16_t>(x);
   for_each_worker(plan.tasks(), num_threads, [&](int64_t worker, Range tasks) {
     plan.run(dy_ptr, x_ptr, tasks, scratch.data + worker * plan.scratch(), sums.data, column_sums);
@@ -139,7 +139,7 @@ void weight_gradient(const Tensor& dy, const Tensor& x, float* column_sums, int6
   if (narrow.fits()) return narrow_weight_gradient(narrow, dy, x, column_sums, num_threads, store);
   const pairs::WeightGradient plan{M, N, K};
   const int64_t words = pairs::panel_words(M), dy_words = pairs::panels_of(N) * words;
-  const Scratch<uint32_t> scratch(x, dy_words + pairs::panels_of(K) * words);
+  const Scratch<uint32_t> scratch(dy_words + pairs::panels_of(K) * words);
   uint32_t* packed = scratch.data;
   const auto *dy_ptr = input<uint16_t>(dy), *x_ptr = input<uint16_t>(x);
   const int64_t pieces = (M + kSumRows - 1) / kSumRows;

@@ -319,7 +319,7 @@ void run(const std::optional<Tensor>& dout, const Tensor& qkv, int64_t heads, in
   Operands operands;
   if (!in_pairs) bytes = lay_out(g, backward, nullptr, &operands);
   const int64_t step = (bytes + 4095) / 4096 * 4096;
-  const Scratch<uint8_t> scratch(qkv, workers * step);
+  const Scratch<uint8_t> scratch(workers * step);
   with_type(qkv.scalar_type(), "qkv", [&](auto* type) {
     using T = std::remove_reference_t<decltype(*type)>;
     const T *dout_ptr = backward ? input<T>(*dout) : nullptr, *qkv_ptr = input<T>(qkv);

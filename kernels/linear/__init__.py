@@ -20,7 +20,8 @@ FLOPs: 2 MNK forward, 4 MNK backward. Saved for backward: x in the product's dty
 likewise or, with the library's own products, as it is. Peak extra memory: on cpp backward holds x
 and dy once more (own products; instead 10 MB at most for a narrow weight and 1,024 rows or more),
 or dweight, the smaller of x and dy and, where x has another dtype, dx in the product's dtype; on
-both, dbias takes partial sums, N floats per 32 rows on cpp.
+both, dbias takes partial sums, N floats per 32 rows on cpp. Of what own products take, a thread
+keeps 64 MB at most for its next ones.
 """
 
 from fastssl.kernels.linear.op import linear

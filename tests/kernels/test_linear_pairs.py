@@ -1,6 +1,8 @@
 """The CPU library's own products of bfloat16 pairs, under linear and gelu_mlp: against float64,
 with parts of panels, blocks and turns in every dimension."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -110,6 +112,29 @@ def test_results_do_not_depend_on_threads(shape):
         )
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_calls_from_several_threads_at_once():
+    """Each has scratch memory of its own, which grows and shrinks with the sizes of its calls."""
+    sizes = [(1100, 34, 38), (97, 288, 96), (2083, 70, 130), (33, 144, 1602)]
+
+    tensors_of = {shape: operands(shape, torch.float32)[:3] for shape in sizes}
+
+    def results(first):
+        found = []
+        for shape in sizes[first:] + sizes[:first]:
+            x, dy, weight = tensors_of[shape]
+            forward = product(x, weight, False, None, 2, torch.float32)
+            dweight = torch.empty_like(weight)
+            CSRC.linear_weight_gradient(dy, x, None, None, 2, dweight)
+            found.append((shape, forward, dweight))
+        return found
+
+    expected = {shape: tensors for shape, *tensors in results(0)}
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(results, [0, 1, 2, 3] * 4):
+            for shape, *tensors in found:
+                assert all(map(torch.equal, tensors, expected[shape]))
 
 
 def test_non_finite_values_stay_in_their_rows_and_columns():
