@@ -38,10 +38,12 @@ def check_tensor(
 
 def check_shape(name: str, value: Tensor, expected: Sequence[int | None], legend: str) -> None:
     """Refuse a shape other than `expected` (None: any size); `legend` is its text, "[B, N]"."""
-    shape = tuple(value.shape)
-    fits = len(shape) == len(expected) and all(
-        e is None or s == e for s, e in zip(shape, expected, strict=True)
-    )
+    shape = value.shape
+    fits = len(shape) == len(expected)
+    if fits:
+        for s, e in zip(shape, expected, strict=True):
+            # A loop, which takes less time than a generator.
+            fits = fits and (e is None or s == e)
     if not fits:
         wanted = ", ".join("any" if e is None else str(e) for e in expected)
         raise ValueError(f"{name} must have shape {legend} = [{wanted}], got {list(shape)}")

@@ -104,10 +104,10 @@ def _once(backward: Callable) -> Callable:
     where somebody asked for that (create_graph=True)."""
 
     def run(ctx: object, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
         with torch.no_grad():
             found = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return found
         found = found if isinstance(found, tuple) else (found,)
         sources = [x for x in (*grads, *ctx.saved_tensors) if x is not None and x.requires_grad]
         return tuple(g if g is None else _FirstDerivative.apply(g, *sources) for g in found)
@@ -136,7 +136,7 @@ def is_intercepted(args: tuple) -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
     ):
         return True
     # A loop, which takes less time than a generator.
