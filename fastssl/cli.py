@@ -1,4 +1,4 @@
-"""`fastssl-train RECIPE_OR_FILE key.sub=value ... [--resume [auto|CHECKPOINT]]`."""
+"""`fastssl-train RECIPE_FILE_OR_RUN key.sub=value ... [--resume [auto|CHECKPOINT]]`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 USAGE = (
-    "fastssl-train [RECIPE | FILE.yaml] [key.sub=value ...] "
+    "fastssl-train [RECIPE | FILE.yaml | RUN] [key.sub=value ...] "
     "[--resume [auto|CHECKPOINT]] [--profile] [--plan [--gpus=N,N]] [--traceback]"
 )
 DESCRIPTION = """\
@@ -114,6 +114,7 @@ def help_text() -> str:
             DESCRIPTION,
             "",
             f"recipes: {', '.join(recipes.names())} (default: {config.DEFAULT_RECIPE})",
+            "RUN: the folder of a run, for the configuration that it was trained with",
             "--resume: go on with a run that was stopped, or start it if there is none; auto, "
             "which may be left out: from its newest whole checkpoint; or from that in the folder "
             "CHECKPOINT, be it another run's",

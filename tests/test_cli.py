@@ -85,7 +85,14 @@ def test_a_second_run_of_the_name_is_an_error_that_says_what_to_do(tmp_path, cap
     assert error.startswith("fastssl-train: error: run ")
     assert "--resume" in error and "overwrite=true" in error
     assert cli.main([*words, "--resume"]) == 0
+    assert "the run begins" not in capsys.readouterr().out
+    # The run's folder stands for its configuration.
+    assert cli.main([error.split()[3], "--resume", "train.steps=2"]) == 0
+    assert cli.main([error.split()[3], "--resume", "train.steps=1"]) == 1
+    assert "train.steps must be at least 2, up to which " in capsys.readouterr().err
     assert cli.main([*words, "overwrite=true"]) == 0
+    assert cli.main([*words, "name=misspelt", "--resume"]) == 0
+    assert "misspelt/checkpoints: the run begins" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -93,7 +100,8 @@ def test_a_second_run_of_the_name_is_an_error_that_says_what_to_do(tmp_path, cap
     [
         (["photos", "train.step=1"], "unknown key train.step; the nearest is train.steps"),
         (["train.steps=x"], "train.steps must be int, got 'x' (str)"),
-        (["nothing"], "recipe must be a YAML file or one of "),
+        (["nothing"], "recipe must be a YAML file, a run's folder or one of "),
+        (["mae_vit_bas"], "got 'mae_vit_bas', the nearest is mae_vit_base"),
         (["photos", "data=/nowhere/at/all"], "/nowhere/at/all"),
     ],
 )

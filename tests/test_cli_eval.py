@@ -187,11 +187,12 @@ def test_a_rank_without_images(run, labelled, tmp_path, gloo_pool):
 
 def test_digits_with_few_labels(run, tmp_path, capsys):
     words = [run, "--data", "digits", "--measures", "low-shot", "--seeds", 0]
-    words += ["--labels-per-class", 1, 5, "--fractions", 0.1]
+    words += ["--labels-per-class", 1, 5, 1000, "--fractions", 0.1]
     got = evaluate(*words, file=tmp_path / "out.json")
     rows = got["measures"]["low-shot"]
-    assert list(rows) == ["1 per class", "5 per class", "10 %"]
-    means = [row["linear"]["mean"] for row in rows.values()]
+    every = "1000 per class (all, 146 at most)"
+    assert list(rows) == ["1 per class", "5 per class", every, "10 %"]
+    means = [rows[name]["linear"]["mean"] for name in ("1 per class", "5 per class", "10 %", every)]
     assert means == sorted(means) and means[-1] > 25, "more labels, more known"
     assert rows["10 %"]["linear"]["std"] is None, "one seed has no deviation, and JSON no nan"
     assert "low-shot, 5 per class, prototype" in capsys.readouterr().out

@@ -150,9 +150,14 @@ def _attentive(judgement: _Judgement) -> dict[str, Any]:
 
 
 def _low_shot(judgement: _Judgement) -> dict[str, Any]:
-    """{"1 per class": {"linear": {mean, std, values}, "prototype": ...}, ..., "1 %": ...}"""
+    """{"1 per class": {"linear": {mean, std, values}, "prototype": ...}, ..., "1 %": ...}; a number
+    above that of the largest class says so."""
     options = judgement.options
-    rows = {f"{number} per class": {"per_class": number} for number in options.labels_per_class}
+    largest = int(gather_rows(judgement.train.labels).bincount().max())
+    rows = {
+        f"{n} per class" + f" (all, {largest} at most)" * (n > largest): {"per_class": n}
+        for n in options.labels_per_class
+    }
     rows |= {f"{100 * share:g} %": {"fraction": share} for share in options.fractions}
     result = {}
     for name, keywords in rows.items():

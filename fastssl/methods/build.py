@@ -19,6 +19,7 @@ from fastssl import models
 from fastssl.data.views import View
 from fastssl.methods.base import Method, Setting
 from fastssl.models.vit import pair
+from fastssl.names import nearest
 
 Size = int | Sequence[int]
 # The keyword by which a factory whose name begins so takes the size of the images.
@@ -110,7 +111,10 @@ def build_encoder(
                 break
     else:
         names = ", ".join(models.FACTORIES)
-        raise ValueError(f"model.name must be one of {names}, or file.py:factory, got {name!r}")
+        raise ValueError(
+            f"model.name must be one of {names}, or file.py:factory, got {name!r}; "
+            f"the nearest is {nearest(name, models.FACTORIES)}"
+        )
     try:
         return factory(**keywords)
     except (TypeError, ValueError) as error:

@@ -73,13 +73,6 @@ class Hiera(nn.Module, BlockCheckpointing, HubModel):
         sep_pos_embed: bool = False,
     ) -> None:
         super().__init__()
-        if not 0 <= q_pool < len(stages):
-            raise ValueError(f"q_pool must be in [0, {len(stages)}), got {q_pool}")
-        if len(mask_unit_attn) < len(stages):
-            raise ValueError(
-                f"mask_unit_attn must have {len(stages)} entries as stages has,"
-                f" got {tuple(mask_unit_attn)}"
-            )
         sizes = {
             "q_stride": q_stride,
             "mask_unit_size": mask_unit_size,
@@ -87,6 +80,21 @@ class Hiera(nn.Module, BlockCheckpointing, HubModel):
             "patch_stride": patch_stride,
             "patch_padding": patch_padding,
         }
+        for name, value in {
+            "input_size": input_size,
+            "stages": stages,
+            "mask_unit_attn": mask_unit_attn,
+            **sizes,
+        }.items():
+            if not isinstance(value, Sequence) or isinstance(value, str):
+                raise TypeError(f"{name} must be a tuple, got {value!r}")
+        if not 0 <= q_pool < len(stages):
+            raise ValueError(f"q_pool must be in [0, {len(stages)}), got {q_pool}")
+        if len(mask_unit_attn) < len(stages):
+            raise ValueError(
+                f"mask_unit_attn must have {len(stages)} entries as stages has,"
+                f" got {tuple(mask_unit_attn)}"
+            )
         q_stride, mask_unit_size, *patch_sizes = _check_sizes(input_size, sizes)
         if sep_pos_embed and len(input_size) != 3:
             raise ValueError(f"sep_pos_embed needs input_size (T, H, W), got {tuple(input_size)}")
@@ -159,7 +167,10 @@ class Hiera(nn.Module, BlockCheckpointing, HubModel):
         """Tokens along each dimension of an input of `size`; ValueError if it is none of ours."""
         stride = self.patch_embed.proj.stride
         unit = tuple(s * u for s, u in zip(stride, self.layouts[0].shape, strict=True))
-        if len(size) != len(unit) or any(s < 1 or s % u for s, u in zip(size, unit, strict=True)):
+        if len(size) != len(unit):
+            axes = "H, W" if len(unit) == 2 else "T, H, W"
+            raise ValueError(f"inputs must have dimensions [B, C, {axes}], got {len(size) + 2}")
+        if any(s < 1 or s % u for s, u in zip(size, unit, strict=True)):
             raise ValueError(
                 f"input size must be divisible by {_times(unit)} (mask unit * patch stride),"
                 f" got {_times(size)}"

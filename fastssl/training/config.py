@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fastssl.methods import METHODS, method_class
+from fastssl.names import nearest
 from fastssl.optim.clip import CLIPPED
 from fastssl.optim.schedules import SCALINGS, Schedule
 from fastssl.training import recipes
@@ -303,19 +303,6 @@ def keys(defaults: Any, prefix: str = "") -> Iterator[Key]:
 
 
 _KEYS = {key.name: key for key in keys(Config())}
-
-
-def nearest(word: str, candidates: Sequence[str]) -> str:
-    """The candidate most like `word`, as a whole or in its last part."""
-
-    def likeness(candidate: str) -> float:
-        whole = difflib.SequenceMatcher(None, word, candidate).ratio()
-        leaf = difflib.SequenceMatcher(
-            None, word.rsplit(".", 1)[-1], candidate.rsplit(".", 1)[-1]
-        ).ratio()
-        return max(whole, 0.9 * leaf)
-
-    return max(candidates, key=likeness)
 
 
 def load(recipe: str = DEFAULT_RECIPE, overrides: Sequence[str] = ()) -> Config:

@@ -321,9 +321,16 @@ class Run:
         saved = self.folder / "checkpoints"
         path, said = checkpoint.choose(saved, None if isinstance(resume, bool) else resume)
         if path is None:
+            if resume and self.world.is_main:
+                print(f"no checkpoint in {saved}: the run begins", flush=True)
             return 0
         position = setup.position(self.config, self.train_set)
         step = checkpoint.restore(path, self.method, self.optimizer, position=position)
+        if step > self.config.train.steps:
+            raise ValueError(
+                f"train.steps must be at least {step}, up to which {path} is trained, "
+                f"got {self.config.train.steps}"
+            )
         # Not before the checkpoint has been found to fit.
         said += distributed.on_main(lambda: checkpoint.set_aside(saved, step))
         if step < self.config.train.steps:

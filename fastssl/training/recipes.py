@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fastssl.names import nearest
+
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -19,7 +21,7 @@ def names() -> list[str]:
 
 
 def find(recipe: str) -> Path:
-    """The file of a recipe by its name, or a YAML file by its path."""
+    """The file of a recipe by its name, a YAML file by its path, or the one in a run's folder."""
     path = Path(recipe).expanduser()
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
@@ -28,4 +30,9 @@ def find(recipe: str) -> Path:
     shipped = folder() / f"{recipe}.yaml"
     if recipe in names():
         return shipped
-    raise ValueError(f"recipe must be a YAML file or one of {', '.join(names())}; got {recipe!r}")
+    if recipe and (path / "config.yaml").is_file():
+        return path / "config.yaml"
+    raise ValueError(
+        f"recipe must be a YAML file, a run's folder or one of {', '.join(names())}; "
+        f"got {recipe!r}, the nearest is {nearest(recipe, names())}"
+    )

@@ -152,7 +152,10 @@ def test_factories_are_built_for_the_image_size():
     "change, message",
     [
         ({"name": "simcrl"}, "method.name must be one of mae, hiera_mae, .*got 'simcrl'"),
-        ({"model": "mae_vit_bas"}, "model.name must be one of .*mae_vit_base_patch16.*got"),
+        (
+            {"model": "mae_vit_bas"},
+            "model.name must be one of .*got 'mae_vit_bas'; .*nearest is mae_vit_base_patch16",
+        ),
         (
             {"model": "vit_tiny", "model_args": {"patch_size": 4}},
             "build a MaskedAutoencoderViT .*got a VisionTransformer",
