@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pickle
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -75,7 +76,12 @@ def _read(path: Path) -> object:
     # A damaged file makes torch's reader raise nearly anything.
     except Exception as error:
         more = _unsafe(path)
-        reason = f"it holds {some(more)}, whose loading may run code" if more else error
+        reason: object = error
+        if more:
+            reason = f"it holds {some(more)}, whose loading may run code"
+        elif isinstance(error, pickle.UnpicklingError | EOFError):
+            # torch's text for it is about other versions of torch.
+            reason = "it is damaged, or torch has not written it"
         raise ValueError(
             f"{path} is not a checkpoint that torch.load(weights_only=True) reads: {reason}"
         ) from error
