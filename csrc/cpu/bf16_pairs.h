@@ -216,10 +216,10 @@ inline int64_t even_block(int64_t M, int64_t most) {
 // C [M, N] = A [M, K] B [K, N] by dot products, in blocks that keep up to 28 sums on their way; N a
 // multiple of 16, K even. No row of A past M is read. Before each block `ahead` may fetch
 // something.
-template <bool kPacked, class Store, class Ahead>
+template <bool kPacked, class Store, class Fetch>
 FASTSSL_PAIRS inline void multiply_dots(const uint32_t* a, int64_t lda, const uint32_t* b,
                                         int64_t ldb, int64_t M, int64_t N, int64_t K,
-                                        const Store& store, Ahead& ahead) {
+                                        const Store& store, Fetch& ahead) {
   const int64_t step = kPacked ? 1 : lda;
   for (int64_t n = 0; n < N; n += 32) {
     const bool two = n + 16 < N;
@@ -245,10 +245,10 @@ inline Grain grain() { return best_unit() == Unit::tiles ? Grain{16, 32} : Grain
 
 // C [M, N] = A [M, K] B [K, N], sizes as `grain` says, lda even; B in pairs [K / 2, N]. `ahead` as
 // above.
-template <class Ahead>
+template <class Fetch>
 FASTSSL_PAIRS inline void multiply(const uint16_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
                                    float* c, int64_t ldc, int64_t M, int64_t N, int64_t K,
-                                   Ahead& ahead) {
+                                   Fetch& ahead) {
   if (best_unit() == Unit::dots) {
     const auto* words = reinterpret_cast<const uint32_t*>(a);
     return multiply_dots<false>(words, lda / 2, b, ldb, M, N, K, FloatRows{c, ldc}, ahead);

@@ -332,8 +332,11 @@ class Upcoming {
     for (int64_t n = each_; n > 0 && at_ < count_; --n) {
       Region& r = regions_[at_];
       for (int64_t c = 0; c < width_; c += 32) _mm_prefetch(r.data + c, _MM_HINT_T1);
-      r.data += r.stride;
-      at_ += --r.rows == 0;
+      if (--r.rows == 0) {
+        ++at_;
+      } else {
+        r.data += r.stride;
+      }
     }
   }
 
@@ -345,9 +348,10 @@ class Upcoming {
 
   static int64_t turns(const Geometry& g, int64_t units, bool backward) {
     const auto blocks = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
-    const int64_t rows = best_unit() == Unit::tiles ? 32 : 14;
-    const int64_t queries = blocks(units * g.unit_queries(), rows);
     const int64_t keys = units * g.unit_size, width = blocks(g.head_dim, 32);
+    const int64_t most_rows = std::min(keys, g.head_dim) > 16 ? 14 : 16;
+    const int64_t rows = best_unit() == Unit::tiles ? 32 : most_rows;
+    const int64_t queries = blocks(units * g.unit_queries(), rows);
     if (!backward) return 3 + queries * (blocks(keys, 32) + width);
     return 4 + queries * (2 * blocks(keys, 32) + width) + 2 * blocks(keys, rows) * width;
   }

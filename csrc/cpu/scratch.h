@@ -1,20 +1,19 @@
 // Scratch memory of an op.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
-#include <new>
 #include <utility>
-#include <vector>
 
 #include "pages.h"
+#include "simd.h"
 
 namespace fastssl {
 
 // Blocks that a thread's ops have done with, for those that follow: fresh memory costs page faults
-// and lies in no cache. A thread keeps as much as its ops need at once, or kMost bytes.
+// and lies in no cache. An op has two at once at most, and a thread keeps as many, kMost bytes in
+// all; larger requests neither get nor leave one.
 class ScratchBlocks {
  public:
   struct Block {
@@ -30,43 +29,38 @@ class ScratchBlocks {
     return blocks;
   }
 
-  // The smallest block of `bytes` at least, or a new one in place of the largest.
+  // The smaller block that has `bytes`, or a new one in place of the larger.
   Block take(int64_t bytes) {
-    auto found = std::lower_bound(kept_.begin(), kept_.end(), bytes,
-                                  [](const Block& a, int64_t least) { return a.size < least; });
-    if (found == kept_.end() && !kept_.empty()) --found;
     Block block;
-    if (found != kept_.end()) {
-      block = std::move(*found);
-      kept_.erase(found);
-      held_ -= block.size;
+    if (bytes <= kMost) {
+      const bool first_is_smaller = kept_[0].size < kept_[1].size;
+      Block &smaller = kept_[!first_is_smaller], &larger = kept_[first_is_smaller];
+      block = std::exchange(smaller.size >= bytes ? smaller : larger, {});
     }
     if (block.size < bytes) {
       block = {};
-      const int64_t size = (bytes + kPage - 1) / kPage * kPage;
-      block.memory.reset(static_cast<uint8_t*>(std::aligned_alloc(size_t(kPage), size_t(size))));
-      if (!block.memory) throw std::bad_alloc();
+      const int64_t size = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+      block.memory.reset(static_cast<uint8_t*>(std::aligned_alloc(kAlignment, size_t(size))));
+      STD_TORCH_CHECK(block.memory, "no memory for ", size, " bytes of scratch");
       block.size = size;
       prefer_huge_pages(block.memory.get(), size);
     }
     return block;
   }
-  void give_back(Block block) {
-    if (held_ + block.size > kMost) return;
-    held_ += block.size;
-    const auto larger = [](int64_t size, const Block& b) { return size < b.size; };
-    kept_.insert(std::upper_bound(kept_.begin(), kept_.end(), block.size, larger),
-                 std::move(block));
+  void give_back(Block block) noexcept {
+    if (kept_[0].size + kept_[1].size + block.size > kMost) return;
+    for (Block& place : kept_) {
+      if (place.size == 0) return void(place = std::move(block));
+    }
   }
 
  private:
-  static constexpr int64_t kPage = int64_t(1) << 16, kMost = int64_t(64) << 20;
+  static constexpr int64_t kAlignment = int64_t(1) << 16, kMost = int64_t(64) << 20;
 
-  std::vector<Block> kept_;  // by size
-  int64_t held_ = 0;
+  Block kept_[2];
 };
 
-// `count` elements of T for as long as this lives, from where a page begins.
+// `count` elements of T for as long as this lives, aligned to 64 KB.
 template <class T>
 class Scratch {
   ScratchBlocks::Block block_;

@@ -60,7 +60,8 @@ def is_exporting() -> bool:
 
 @torch.compiler.assume_constant_result
 def _backend_of_environment() -> str | None:
-    # Traced, it would compile anew after any change of the environment.
+    # Compiled code keeps what it found; traced, it would be compiled anew whenever any variable
+    # comes or goes.
     return env.backend()
 
 

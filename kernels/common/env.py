@@ -7,15 +7,15 @@ import os
 import shutil
 from pathlib import Path
 
-# What os.environ keeps its entries in. Asked itself, it raises and catches an exception for a
-# variable that is not set, which every call of an op would pay for.
-_ENTRIES = getattr(os.environ, "_data", None)
-_BACKEND = os.fsencode("FASTSSL_BACKEND")
+_BACKEND = os.environ.encodekey("FASTSSL_BACKEND")
 
 
 def backend() -> str | None:
     """FASTSSL_BACKEND: the backend every op must use, None for the automatic choice."""
-    if _ENTRIES is not None and _BACKEND not in _ENTRIES:
+    # Asked itself, os.environ raises and catches an exception for a variable that is not set, which
+    # every call of an op would pay for.
+    entries = getattr(os.environ, "_data", None)
+    if entries is not None and _BACKEND not in entries:
         return None
     return os.environ.get("FASTSSL_BACKEND") or None
 
