@@ -28,6 +28,8 @@ env = load_env()
 COMPILE_FLAGS = [
     *("-std=c++17", "-O3", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fvisibility=hidden"),
     *("-Wall", "-Wextra"),
+    # Errors name a file of the project, not of the machine that built it.
+    f"-ffile-prefix-map={ROOT.resolve()}{os.sep}=",
     # torch 2.11 is the oldest version that the library must load into.
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
 ]
