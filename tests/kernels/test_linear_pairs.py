@@ -2,7 +2,6 @@
 with parts of panels, blocks and turns in every dimension."""
 
 import resource
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -140,7 +139,6 @@ def test_calls_from_several_threads_at_once():
         assert all(pool.map(agrees, range(4)))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="counts page faults")
 def test_scratch_memory_is_kept_from_call_to_call():
     """Also beside calls that take more than is kept."""
     shapes = {"small": (4096, 768, 768), "large": (24576, 768, 768)}
