@@ -122,7 +122,7 @@ def summary(
     if step < config.train.steps:
         lines.append(
             f"stopped after step {step} of {config.train.steps}; go on with: "
-            f"fastssl-train {folder} --resume"
+            f"fastssl-train {folder / 'config.yaml'} --resume"
         )
     lines.append(f"report: {folder / 'report.html'}")
     return "\n".join(lines)
